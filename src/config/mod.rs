@@ -1,0 +1,466 @@
+//! The configuration: one TOML file, read and checked whole before anything is started.
+//!
+//! `reader` walks the tables and collects every problem; this file says what the keys are, what
+//! they may hold and what they are when left out. The annotated sample in `systemd/noblink.toml`
+//! equals these defaults (a test says so).
+
+mod reader;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub use reader::{Key, Problem};
+use reader::{Reader, Section};
+
+use crate::camera::source::Source;
+use crate::vision::picture::Matrix;
+
+/// Everything that the file says.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[device]`
+    pub device: Device,
+    /// `[mqtt]`
+    pub mqtt: Mqtt,
+    /// `[[camera]]`, at least one.
+    pub cameras: Vec<Camera>,
+    /// `[inference]`
+    pub inference: Inference,
+    /// `[models]`
+    pub models: Models,
+}
+
+/// `[device]`: who this box is and where it keeps what must outlive a restart.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// One level of every topic.
+    pub id: String,
+    /// Created when missing.
+    pub state_dir: PathBuf,
+}
+
+/// `[mqtt]`: the broker.
+#[derive(Debug, Clone)]
+pub struct Mqtt {
+    /// The broker elsewhere, or the one inside.
+    pub broker: Broker,
+    /// First level of every topic.
+    pub prefix: String,
+}
+
+/// Which broker the link connects to.
+#[derive(Debug, Clone)]
+pub enum Broker {
+    /// The broker inside, on loopback.
+    Embedded {
+        /// TCP port; 0 takes a free one.
+        port: u16,
+    },
+    /// A broker elsewhere.
+    External(External),
+}
+
+/// How to reach a broker elsewhere. Files are read again for every connection, so that rotated
+/// passwords and certificates need no restart.
+#[derive(Debug, Clone)]
+pub struct External {
+    /// Host name or IPv4 address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// `mqtts://`.
+    pub tls: bool,
+    /// User name.
+    pub username: Option<String>,
+    /// File that holds the password.
+    pub password_file: Option<PathBuf>,
+    /// PEM file with the roots to trust instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Client certificate chain and key, PEM.
+    pub client_cert: Option<(PathBuf, PathBuf)>,
+}
+
+/// `[[camera]]`
+#[derive(Debug, Clone)]
+pub struct Camera {
+    /// One level of its topics.
+    pub id: String,
+    /// Where the pictures come from.
+    pub source: Source,
+    /// Name of the template in `pipelines/`.
+    pub pipeline: String,
+    /// Frames a second offered to the worker at most.
+    pub max_fps: Option<f64>,
+    /// Which inferred frames become records.
+    pub publish: Publish,
+    /// Labels that are published; `None` = all.
+    pub labels: Option<Vec<String>>,
+    /// Least score, strictly exceeded; `None` = `[inference]`.
+    pub confidence: Option<f32>,
+    /// Records with objects a second at most.
+    pub publish_max_hz: Option<f64>,
+    /// Frames that may wait for the worker.
+    pub queue: usize,
+    /// Silence that counts as a stall, seconds.
+    pub stall_timeout_s: f64,
+    /// Colour matrix, forced; `None` = from the stream.
+    pub color: Option<Matrix>,
+    /// Files: paced by their timestamps; `false` = as fast as they are inferred.
+    pub realtime: bool,
+    /// Files: start again at the end.
+    pub repeat: bool,
+}
+
+/// `publish`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Publish {
+    /// Inferred frames with objects.
+    Objects,
+    /// Every inferred frame.
+    All,
+}
+
+/// `[inference]`
+#[derive(Debug, Clone)]
+pub struct Inference {
+    /// ONNX Runtime's execution provider.
+    pub provider: Provider,
+    /// Threads of one run, the worker's own among them.
+    pub threads: usize,
+    /// Cores of the worker and of its session's threads; `None` = chosen from the machine.
+    pub cores: Option<Vec<usize>>,
+    /// Least score, strictly exceeded.
+    pub confidence: f32,
+    /// Overlap from which the weaker of two boxes of a class goes.
+    pub iou: f32,
+    /// ONNX Runtime's library; `None` = looked for beside the program.
+    pub library: Option<PathBuf>,
+}
+
+/// ONNX Runtime's execution providers that noblink knows how to register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    /// The library's own CPU kernels.
+    Cpu,
+    /// Intel's OpenVINO.
+    OpenVino,
+    /// NVIDIA's CUDA.
+    Cuda,
+    /// NVIDIA's TensorRT.
+    TensorRt,
+}
+
+impl Provider {
+    const NAMES: [(&str, Self); 4] = [
+        ("cpu", Self::Cpu),
+        ("openvino", Self::OpenVino),
+        ("cuda", Self::Cuda),
+        ("tensorrt", Self::TensorRt),
+    ];
+
+    /// The name in the configuration.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, p)| *p == self).expect("every provider has a name").0
+    }
+
+    /// Looks a name up.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(n, _)| *n == name).map(|(_, p)| *p)
+    }
+}
+
+/// `[models]`
+#[derive(Debug, Clone)]
+pub struct Models {
+    /// The model to start with.
+    pub factory: Option<PathBuf>,
+}
+
+/// What is wrong with a configuration: all of it.
+#[derive(Debug)]
+pub struct Invalid {
+    /// The file as it was named.
+    pub file: String,
+    /// At least one.
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let n = self.problems.len();
+        write!(f, "{}: {n} problem{}", self.file, if n == 1 { "" } else { "s" })?;
+        self.problems.iter().try_for_each(|p| write!(f, "\n  {p}"))
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+impl Config {
+    /// Reads and checks a file. Relative paths in it are taken from its folder.
+    pub fn load(path: &Path) -> Result<Self, Invalid> {
+        let file = path.display().to_string();
+        let one = |message: String| Invalid {
+            file: file.clone(),
+            problems: vec![Problem { path: String::new(), message }],
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| one(format!("can't be read: {e}; name it with --config FILE")))?;
+        let base = path.parent().unwrap_or(Path::new("."));
+        Self::parse(&text, base).map_err(|problems| Invalid { file: file.clone(), problems })
+    }
+
+    /// Checks the text of a configuration; `base` is where its relative paths start.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, Vec<Problem>> {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            vec![Problem { path: String::new(), message: format!("is not TOML: {e}") }]
+        })?;
+        let reader = Reader::new(base);
+        let config = read(&reader, &table);
+        reader.finish().map(|()| config.expect("a configuration without problems is complete"))
+    }
+
+    /// Every key that a configuration may hold, in the file's order.
+    pub fn keys() -> Vec<Key> {
+        let reader = Reader::new(Path::new("/"));
+        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n";
+        // The values are missing: only the reader's record of what it asked for is wanted.
+        let _ = read(&reader, &all.parse().expect("the empty sections are TOML"));
+        reader.into_keys()
+    }
+}
+
+fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
+    let mut root = reader.root(table);
+    let device = root.table("device").map(device);
+    let mqtt = root.table("mqtt").map(mqtt);
+    let cameras: Vec<_> = root.tables("camera").into_iter().map(camera).collect();
+    let inference = inference(root.table_or_empty("inference"));
+    let models = models(root.table_or_empty("models"));
+    if cameras.is_empty() {
+        root.problem("camera", "is missing: write one [[camera]] section per camera");
+    }
+    for (i, camera) in cameras.iter().enumerate() {
+        let id = camera.as_ref().map(|c| &c.id);
+        if id.is_some() && cameras[..i].iter().any(|c| c.as_ref().map(|c| &c.id) == id) {
+            let id = id.expect("checked above");
+            root.problem(
+                &format!("camera[{i}].id"),
+                &format!("= \"{id}\": another camera has this id"),
+            );
+        }
+    }
+    root.finish();
+    Some(Config {
+        device: device??,
+        mqtt: mqtt??,
+        cameras: cameras.into_iter().collect::<Option<_>>()?,
+        inference: inference?,
+        models: models?,
+    })
+}
+
+fn device(mut s: Section<'_, '_>) -> Option<Device> {
+    let id = s.slug("id");
+    let state_dir = s.path("state_dir", Some("/var/lib/noblink"));
+    s.finish();
+    Some(Device { id: id?, state_dir: state_dir? })
+}
+
+fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
+    let url = s.string("url", "a broker: mqtt://host:1883 or mqtts://host:8883");
+    let embedded = s.flag("embedded", false);
+    let port = s.integer("embedded_port", 0..=65535, Some(1883));
+    let username = s.string("username", "the broker's user name");
+    let password_file = s.path("password_file", None);
+    let ca_file = s.path("ca_file", None);
+    let cert = s.path("client_cert_file", None);
+    let key = s.path("client_key_file", None);
+    let prefix = s.matching("prefix", "noblink", "1 to 64 of a-z, A-Z, 0-9, _ and -", |p| {
+        (1..=64).contains(&p.len())
+            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
+    });
+    let broker = match (&url, embedded) {
+        (Some(_), true) => {
+            s.problem("embedded", "= true and url are both set: keep one of them");
+            None
+        }
+        (None, false) => {
+            if !s.has("url") {
+                s.problem(
+                    "url",
+                    "is missing: write url = \"mqtt://host:1883\" for a broker of yours, \
+                     or embedded = true for the broker inside (loopback only)",
+                );
+            }
+            None
+        }
+        (None, true) => {
+            for key in
+                ["username", "password_file", "ca_file", "client_cert_file", "client_key_file"]
+            {
+                if s.has(key) {
+                    s.problem(key, "goes with url, not with embedded = true: remove one of them");
+                }
+            }
+            Some(Broker::Embedded { port: port? as u16 })
+        }
+        (Some(url), false) => {
+            if s.has("embedded_port") {
+                s.problem("embedded_port", "goes with embedded = true: remove it");
+            }
+            let client_cert = match (cert, key) {
+                (Some(cert), Some(key)) => Some((cert, key)),
+                (None, None) => None,
+                (Some(_), None) => {
+                    s.problem("client_key_file", "is missing: it goes with client_cert_file");
+                    None
+                }
+                (None, Some(_)) => {
+                    s.problem("client_cert_file", "is missing: it goes with client_key_file");
+                    None
+                }
+            };
+            if password_file.is_some() && username.is_none() {
+                s.problem("username", "is missing: it goes with password_file");
+            }
+            let address = broker_address(url);
+            if let Err(why) = &address {
+                s.problem("url", why);
+            }
+            let (host, port, tls) = address.ok().unwrap_or_default();
+            for (key, set) in
+                [("ca_file", ca_file.is_some()), ("client_cert_file", client_cert.is_some())]
+            {
+                if set && !tls && !host.is_empty() {
+                    s.problem(key, "needs TLS: write the url as mqtts://host:8883");
+                }
+            }
+            Some(Broker::External(External {
+                host,
+                port,
+                tls,
+                username,
+                password_file,
+                ca_file,
+                client_cert,
+            }))
+        }
+    };
+    s.finish();
+    Some(Mqtt { broker: broker?, prefix: prefix? })
+}
+
+/// Host, port and whether TLS, or what is wrong with the URL. The password never stands in it.
+fn broker_address(url: &str) -> Result<(String, u16, bool), String> {
+    let parsed = url::Url::parse(url);
+    let masked = crate::camera::source::mask(url);
+    let wrong = |why: &str| format!("= \"{masked}\": {why}");
+    let parsed = parsed.map_err(|e| wrong(&format!("is no URL ({e}); write mqtt://host:1883")))?;
+    let tls = match parsed.scheme() {
+        "mqtt" => false,
+        "mqtts" => true,
+        other => return Err(wrong(&format!("scheme {other}:// is not mqtt:// or mqtts://"))),
+    };
+    if !parsed.username().is_empty() || parsed.password().is_some() {
+        return Err(wrong("holds credentials: use username and password_file"));
+    }
+    if !matches!(parsed.path(), "" | "/") || parsed.query().is_some() {
+        return Err(wrong("a path or query means nothing here: remove it"));
+    }
+    match parsed.host_str() {
+        // rumqttc joins host and port by a colon, which an IPv6 literal does not survive.
+        Some(h) if h.starts_with('[') => {
+            Err(wrong("IPv6 literals are not supported: use a host name that resolves to it"))
+        }
+        Some(h) if !h.is_empty() => {
+            Ok((h.to_owned(), parsed.port().unwrap_or(if tls { 8883 } else { 1883 }), tls))
+        }
+        _ => Err(wrong("has no host")),
+    }
+}
+
+fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
+    let id = s.slug("id");
+    let url = s.required_string("url", "rtsp://, rtsps://, file://, v4l2:// or test://");
+    let source = url.and_then(|url| match Source::parse(&url) {
+        Ok(source) => Some(source),
+        Err(e) => {
+            s.problem("url", &format!("= \"{}\": {e}", crate::camera::source::mask(&url)));
+            None
+        }
+    });
+    let default_pipeline = source.as_ref().map_or("rtsp", Source::default_pipeline);
+    let pipeline = s.matching(
+        "pipeline",
+        default_pipeline,
+        "the name of a template in pipelines/: a-z, 0-9, -",
+        |p| {
+            !p.is_empty()
+                && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        },
+    );
+    let max_fps = s.number("max_fps", 0.01..=240.0, None);
+    let publish = s.choice(
+        "publish",
+        &[("objects", Publish::Objects), ("all", Publish::All)],
+        Publish::Objects,
+    );
+    let labels = s.strings("labels", "a list of labels of the model");
+    let confidence = s.number("confidence", 0.01..=0.99, None);
+    let publish_max_hz = s.number("publish_max_hz", 0.01..=240.0, None);
+    let queue = s.integer("queue", 1..=64, Some(4));
+    let stall_timeout_s = s.number("stall_timeout_s", 1.0..=300.0, Some(5.0));
+    let color = s.optional_choice("color", &[("bt601", Matrix::Bt601), ("bt709", Matrix::Bt709)]);
+    let realtime = s.flag("realtime", true);
+    let repeat = s.flag("loop", false);
+    if let Some(source) = &source
+        && !source.is_file()
+    {
+        for key in ["realtime", "loop"] {
+            if s.has(key) {
+                s.problem(key, "goes with a file:// url: remove it");
+            }
+        }
+    }
+    s.finish();
+    Some(Camera {
+        id: id?,
+        source: source?,
+        pipeline: pipeline?,
+        max_fps,
+        publish: publish?,
+        labels,
+        confidence: confidence.map(|c| c as f32),
+        publish_max_hz,
+        queue: queue? as usize,
+        stall_timeout_s: stall_timeout_s?,
+        color,
+        realtime,
+        repeat,
+    })
+}
+
+fn inference(mut s: Section<'_, '_>) -> Option<Inference> {
+    let provider = s.choice("provider", &Provider::NAMES, Provider::Cpu);
+    let threads = s.integer("threads", 1..=64, Some(2));
+    let cores = s.integers("cores", 0..=1023);
+    let confidence = s.number("confidence", 0.01..=0.99, Some(0.25));
+    let iou = s.number("iou", 0.05..=0.99, Some(0.7));
+    let library = s.path("library", None);
+    s.finish();
+    Some(Inference {
+        provider: provider?,
+        threads: threads? as usize,
+        cores: cores.map(|c| c.into_iter().map(|n| n as usize).collect()),
+        confidence: confidence? as f32,
+        iou: iou? as f32,
+        library,
+    })
+}
+
+fn models(mut s: Section<'_, '_>) -> Option<Models> {
+    let factory = s.path("factory", None);
+    s.finish();
+    Some(Models { factory })
+}

@@ -1,0 +1,4 @@
+//! The integration tests: one binary, one module per capability.
+#![allow(missing_docs)]
+
+mod queue;

@@ -1,0 +1,1 @@
+//! The ledger stays exact and the shares stay fair, whatever the cameras send.
