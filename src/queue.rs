@@ -336,8 +336,9 @@ impl Intake {
         }
     }
 
-    /// Looks at every queue once, so that each learns whether it was found empty.
-    fn try_take(&self, now: Instant) -> Option<Taken> {
+    /// The next frame, if one waits. Looks at every queue once, so that each learns whether it was
+    /// found empty at `now`.
+    pub fn try_take(&self, now: Instant) -> Option<Taken> {
         let mut order = self.order.lock().expect("only the worker takes");
         let mut found = None;
         for (position, &camera) in order.iter().enumerate() {

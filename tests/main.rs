@@ -1,4 +1,5 @@
 //! The integration tests: one binary, one module per capability.
 #![allow(missing_docs)]
 
+mod config;
 mod queue;

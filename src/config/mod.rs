@@ -281,11 +281,12 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
             && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
     });
     let broker = match (&url, embedded) {
-        (Some(_), true) => {
+        (_, None) => None,
+        (Some(_), Some(true)) => {
             s.problem("embedded", "= true and url are both set: keep one of them");
             None
         }
-        (None, false) => {
+        (None, Some(false)) => {
             if !s.has("url") {
                 s.problem(
                     "url",
@@ -295,7 +296,7 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
             }
             None
         }
-        (None, true) => {
+        (None, Some(true)) => {
             for key in
                 ["username", "password_file", "ca_file", "client_cert_file", "client_key_file"]
             {
@@ -305,7 +306,7 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
             }
             Some(Broker::Embedded { port: port? as u16 })
         }
-        (Some(url), false) => {
+        (Some(url), Some(false)) => {
             if s.has("embedded_port") {
                 s.problem("embedded_port", "goes with embedded = true: remove it");
             }
@@ -436,8 +437,8 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
         queue: queue? as usize,
         stall_timeout_s: stall_timeout_s?,
         color,
-        realtime,
-        repeat,
+        realtime: realtime?,
+        repeat: repeat?,
     })
 }
 

@@ -211,12 +211,12 @@ impl<'t, 'a> Section<'t, 'a> {
         }
     }
 
-    pub(super) fn flag(&mut self, key: &str, default: bool) -> bool {
+    pub(super) fn flag(&mut self, key: &str, default: bool) -> Option<bool> {
         let allowed = "true or false";
         match self.setting(key, allowed, Some(default.to_string())) {
-            None => default,
-            Some(Value::Boolean(b)) => *b,
-            Some(other) => self.refuse(key, other, allowed).unwrap_or(default),
+            None => Some(default),
+            Some(Value::Boolean(b)) => Some(*b),
+            Some(other) => self.refuse(key, other, allowed),
         }
     }
 
