@@ -1,0 +1,109 @@
+"""Makes everything in this folder from nothing: python models/make.py all
+
+Steps, in order: draw, train, evaluate, clips, calibration, pictures. Each can be run alone;
+`train v2` trains one model. Drawn pictures and weights are kept in models/.cache.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import cv2
+
+from plates import CLASSES, calibration, clips, dataset, evaluate, pictures
+from plates.detect import Model
+from plates.export import export
+from plates.train import train
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / ".cache"
+DRAWN = 4000
+WIDTHS = (320, 416)
+
+# classes, height, width, height of the canvas for most of the training, seed, steps, pictures, set
+MODELS = {
+    "v1": dict(classes=3, height=320, width=320, canvas=224, seed=1, steps=1000, set="train",
+               pictures=1000, text="Plates, dents and holes on an inspection line"),
+    "v2": dict(classes=4, height=256, width=416, canvas=256, seed=2, steps=5000, set="train",
+               pictures=DRAWN, text="Plates, dents, holes and scratches on an inspection line"),
+    "v3": dict(classes=4, height=256, width=416, canvas=256, seed=3, steps=350, set="narrow",
+               pictures=32, text="Bad on purpose: v2's network after a wrong training"),
+}
+
+
+def model_path(name):
+    return HERE / f"plates-{name}.onnx"
+
+
+def draw(_):
+    dataset.draw_strips("train", DRAWN, WIDTHS, CACHE)
+    dataset.draw_strips("narrow", MODELS["v3"]["pictures"], (MODELS["v3"]["width"],), CACHE)
+    for _ in evaluate.heldout(CACHE):
+        pass
+
+
+def train_models(names):
+    for name in names or MODELS:
+        m = MODELS[name]
+        count = DRAWN if m["set"] == "train" else m["pictures"]
+        widths = WIDTHS if m["set"] == "train" else (m["width"],)
+        strips, labels = dataset.draw_strips(m["set"], count, widths, CACHE)
+        start = time.time()
+        net = train(strips[m["width"]][:m["pictures"]], labels[:m["pictures"]], m["classes"],
+                    m["seed"], m["steps"], (m["canvas"], m["height"]), vary=m["set"] == "train")
+        export(net, CLASSES[:m["classes"]], m["height"], m["width"], int(name[1:]), m["text"],
+               model_path(name))
+        print(f"{name}: trained in {(time.time() - start) / 60:.1f} min")
+
+
+def evaluate_models(names):
+    names = names or list(MODELS)
+    models = [Model(model_path(n)) for n in names]
+    report = {}
+    for name, model in zip(names, models):
+        report[name] = evaluate.measure(model, evaluate.heldout(CACHE))
+        for label, r in report[name].items():
+            print(f"{name}  {label:8} AP50 {r['ap50']:.3f}  AP50-95 {r['ap50_95']:.3f}  recall {r['recall']:.3f}  "
+                  f"precision {r['precision']:.3f}  of {r['objects']}", flush=True)
+    print("on the calibration folder, at the device's threshold:")
+    for name, model in zip(names, models):
+        r = evaluate.measure(model, calibration.read(HERE / "calibration"))
+        print(name, "  ".join(f"{k} recall {v['recall']:.3f} precision {v['precision']:.3f}"
+                              for k, v in r.items()))
+    print("median ms per run:", dict(zip(names, evaluate.time_runs(models).round(2).tolist())))
+    CACHE.mkdir(exist_ok=True)
+    (CACHE / "report.json").write_text(json.dumps(report, indent=1))
+
+
+def make_clips(_):
+    (HERE / "clips").mkdir(exist_ok=True)
+    for name in clips.CLIPS:
+        clips.encode(name, HERE / "clips" / f"{name}.mp4")
+
+
+def make_calibration(_):
+    calibration.write(HERE / "calibration")
+
+
+def make_pictures(_):
+    pictures.write(HERE)
+
+
+STEPS = {"draw": draw, "train": train_models, "clips": make_clips, "calibration": make_calibration,
+         "evaluate": evaluate_models, "pictures": make_pictures}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=["all", *STEPS])
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []],
+                        help="train and evaluate: only these")
+    args = parser.parse_args()
+    cv2.setNumThreads(1)  # the drawing runs in processes of its own
+    for name in STEPS if args.step == "all" else [args.step]:
+        STEPS[name](args.models)
+
+
+if __name__ == "__main__":
+    main()
