@@ -1,5 +1,7 @@
 //! The integration tests: one binary, one module per capability.
-#![allow(missing_docs)]
+#![allow(missing_docs, unreachable_pub)]
 
 mod config;
+mod harness;
+mod mqtt;
 mod queue;

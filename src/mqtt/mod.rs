@@ -1,1 +1,16 @@
-//! mqtt.
+//! From the worker to the broker.
+//!
+//! `outbox` holds the records that must arrive, `board` what is merely current; both are filled by
+//! any thread and never block it. `link` keeps one connection to a broker and empties them, `tls`
+//! and `failure` are its trust and its words. `broker` is the broker inside, for a box without
+//! another. Nothing here may ever make the worker wait.
+
+pub mod backoff;
+pub mod board;
+pub mod broker;
+pub mod failure;
+pub mod link;
+pub mod outbox;
+pub mod status;
+pub mod tls;
+pub mod topics;

@@ -1,0 +1,66 @@
+//! How long to wait before the next connection.
+//!
+//! Full jitter, so that a site full of devices does not come back in step after its broker did.
+
+use std::time::Duration;
+
+/// A connection that held this long was a good one: the next failure starts over.
+const GOOD_AFTER: Duration = Duration::from_secs(60);
+/// Someone else with our client id is forgotten only after this long.
+const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
+const STEADY_MAX_S: f64 = 60.0;
+
+/// What kind of failure ended a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// May pass by itself: the network, a restart.
+    Passing,
+    /// Passes when someone changes something: 60 to 300 s.
+    Refused,
+    /// Another client took over the session; the second time 60 to 120 s, or both would throw each
+    /// other out for ever.
+    TakenOver,
+}
+
+/// The failures in a row, and what they cost.
+#[derive(Debug, Default)]
+pub struct Backoff {
+    attempts: u32,
+    takeovers: u32,
+}
+
+impl Backoff {
+    /// Failures since the last good connection.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// Takeovers in a row.
+    pub fn takeovers(&self) -> u32 {
+        self.takeovers
+    }
+
+    /// The pause after a connection that was up for `up` (zero: it never came up). `chance` is
+    /// uniform in 0..1.
+    pub fn next(&mut self, class: Class, up: Duration, chance: f64) -> Duration {
+        if up >= GOOD_AFTER {
+            self.attempts = 0;
+        }
+        if up >= FORGIVEN_AFTER {
+            self.takeovers = 0;
+        }
+        self.attempts = self.attempts.saturating_add(1);
+        self.takeovers = self.takeovers.saturating_add(u32::from(class == Class::TakenOver));
+        let (least, most) = match class {
+            Class::Refused => (60.0, 300.0),
+            Class::TakenOver if self.takeovers > 1 => (60.0, 120.0),
+            _ => (1.0, STEADY_MAX_S.min(2_f64.powi(self.attempts.min(10) as i32))),
+        };
+        Duration::from_secs_f64(least + (most - least) * chance.clamp(0.0, 1.0))
+    }
+}
+
+/// A number in 0..1 that differs from device to device.
+pub fn chance() -> f64 {
+    getrandom::u64().unwrap_or(u64::MAX / 2) as f64 / u64::MAX as f64
+}

@@ -1,0 +1,112 @@
+//! What is published but not queued: the current state, and telemetry.
+//!
+//! A retained message stands here by its topic, the latest only; it is published when it changes,
+//! and with all the others after each connection, because a broker may have lost them. Telemetry
+//! goes out once, or not at all: it is worth nothing late.
+//!
+//! Filled by any thread, emptied by the link. Its size is the number of topics its callers use.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::Notify;
+
+/// A topic and what goes there.
+pub type Notice = (Arc<str>, Arc<[u8]>);
+
+#[derive(Default)]
+struct State {
+    retained: BTreeMap<Arc<str>, Arc<[u8]>>,
+    /// Topics whose latest payload this connection has not carried.
+    changed: BTreeSet<Arc<str>>,
+    telemetry: BTreeMap<Arc<str>, Arc<[u8]>>,
+    online: bool,
+}
+
+/// The retained state and the telemetry of this device.
+#[derive(Default)]
+pub struct Board {
+    state: Mutex<State>,
+    bell: Notify,
+}
+
+impl Board {
+    /// An empty board.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// States what is retained at `topic`. The same again is not published again.
+    pub fn set(&self, topic: &Arc<str>, payload: Vec<u8>) {
+        let mut state = self.state();
+        if state.retained.get(topic).is_some_and(|old| **old == *payload) {
+            return;
+        }
+        state.retained.insert(Arc::clone(topic), payload.into());
+        if state.online {
+            state.changed.insert(Arc::clone(topic));
+            drop(state);
+            self.bell.notify_one();
+        }
+    }
+
+    /// Says something once, at QoS 0; without a connection it is forgotten.
+    pub fn tell(&self, topic: &Arc<str>, payload: Vec<u8>) {
+        let mut state = self.state();
+        if state.online {
+            state.telemetry.insert(Arc::clone(topic), payload.into());
+            drop(state);
+            self.bell.notify_one();
+        }
+    }
+
+    /// A connection stands: everything retained is to be published on it.
+    pub fn online(&self) {
+        let mut state = self.state();
+        state.online = true;
+        state.changed = state.retained.keys().cloned().collect();
+    }
+
+    /// The connection is gone.
+    pub fn offline(&self) {
+        let mut state = self.state();
+        state.online = false;
+        state.changed.clear();
+        state.telemetry.clear();
+    }
+
+    /// Publishes `topic` once more: the broker could not take it just now.
+    pub fn again(&self, topic: &Arc<str>) {
+        let mut state = self.state();
+        if state.online && state.retained.contains_key(topic) {
+            state.changed.insert(Arc::clone(topic));
+        }
+    }
+
+    /// The next retained message to publish.
+    pub fn next_retained(&self) -> Option<Notice> {
+        let mut state = self.state();
+        let topic = state.changed.pop_first()?;
+        let payload = Arc::clone(state.retained.get(&topic)?);
+        Some((topic, payload))
+    }
+
+    /// The next telemetry to publish.
+    pub fn next_telemetry(&self) -> Option<Notice> {
+        self.state().telemetry.pop_first()
+    }
+
+    /// Whether this connection has carried all that is retained.
+    pub fn is_settled(&self) -> bool {
+        self.state().changed.is_empty()
+    }
+
+    /// Resolves when something came since it last did. For the link alone.
+    pub async fn rung(&self) {
+        self.bell.notified().await;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds the board")
+    }
+}

@@ -1,0 +1,6 @@
+//! Records arrive, whatever the broker does; and what is wrong with a broker is said.
+
+mod delivery;
+mod embedded;
+mod outbox;
+mod trouble;
