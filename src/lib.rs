@@ -9,4 +9,5 @@ pub mod config;
 pub mod model;
 pub mod mqtt;
 pub mod queue;
+pub mod rtsp;
 pub mod vision;

@@ -1,4 +1,111 @@
 //! Cameras: one supervisor and one GStreamer pipeline each.
+//!
+//! [`Camera`] is the handle of a supervisor's thread, which the owner starts, watches and joins.
+//! Frames go from GStreamer's threads straight into the camera's [`Inlet`]; the supervisor sees
+//! none of them. One camera's trouble reaches no other: they share nothing but the templates.
 
+mod clock;
+mod decoder;
 pub mod frame;
+mod pipeline;
+mod reason;
 pub mod source;
+mod status;
+mod supervisor;
+pub mod templates;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+pub use clock::PLAUSIBLE;
+pub use reason::Reason;
+pub use status::{CameraStatus, State, Stream, Transport};
+pub use supervisor::DISMANTLE_WITHIN;
+use supervisor::{Shared, Supervisor};
+use templates::Templates;
+
+use crate::config;
+use crate::queue::Inlet;
+
+/// A camera that is kept streaming until `request_stop`. Dropping it requests that too, without
+/// waiting.
+pub struct Camera {
+    shared: Arc<Shared>,
+    bell: Sender<()>,
+    /// Disconnected when the thread is at its end.
+    over: Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Camera {
+    /// Starts the thread `cam-<id>`. Whatever is wrong with the source comes in the status; an
+    /// error here is the system's, which has no thread for us.
+    pub fn start(
+        camera: config::Camera,
+        inlet: Inlet,
+        templates: Arc<Templates>,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(Shared::new());
+        let (bell, rung) = bounded(1);
+        let (running, over) = bounded(0);
+        let name = format!("cam-{}", camera.id);
+        let supervisor =
+            Supervisor { camera, inlet, templates, shared: Arc::clone(&shared), bell: rung };
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let _running: Sender<()> = running;
+            supervisor.run();
+        })?;
+        Ok(Self { shared, bell, over, thread: Some(thread) })
+    }
+
+    /// What the camera says of itself now.
+    pub fn status(&self) -> CameraStatus {
+        self.shared.status()
+    }
+
+    /// Grows while the supervisor lives: every 0.5 s, and never slower than every
+    /// [`DISMANTLE_WITHIN`].
+    pub fn heartbeat(&self) -> u64 {
+        self.shared.heartbeat.load(Ordering::Relaxed)
+    }
+
+    /// Switches the camera off or on again. Off, nothing is connected; a file that is switched on
+    /// again starts from its beginning.
+    pub fn set_enabled(&self, enabled: bool) {
+        self.shared.enabled.store(enabled, Ordering::Release);
+        self.ring();
+    }
+
+    /// Asks the supervisor to end, and returns at once.
+    pub fn request_stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// Waits for the supervisor's end; `false` when it is not reached in time, and the thread is
+    /// left to itself. It takes [`DISMANTLE_WITHIN`] at most after `request_stop`.
+    pub fn join(mut self, deadline: Instant) -> bool {
+        let running = self.over.recv_deadline(deadline);
+        let over = matches!(running, Err(crossbeam_channel::RecvTimeoutError::Disconnected));
+        match self.thread.take() {
+            Some(thread) if over => thread.join().is_ok(),
+            _ => false,
+        }
+    }
+
+    fn ring(&self) {
+        // Full = it has been rung already.
+        let _ = self.bell.try_send(());
+    }
+}
+
+impl Drop for Camera {
+    fn drop(&mut self) {
+        self.request_stop();
+    }
+}

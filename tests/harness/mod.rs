@@ -1,17 +1,39 @@
-//! What the tests need of the world: real peers, and waiting with a deadline.
+//! What the tests need of the world: real peers, ways to make them fail, waiting with a deadline.
 
+pub mod camera;
 pub mod link;
 pub mod mosquitto;
+pub mod wire;
 
 use std::time::{Duration, Instant};
 
 /// Waits until `condition` holds; says what was waited for when it does not within `seconds`.
 pub fn until(what: &str, seconds: u64, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}: not within {seconds} s");
-        std::thread::sleep(Duration::from_millis(10));
+    let held = || if condition() { Ok(()) } else { Err(String::from("not yet")) };
+    reach(secs(seconds), what, held);
+}
+
+/// Waits until the condition gives a value; panics with what it says when it does not in time.
+pub fn reach<T>(
+    within: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Result<T, String>,
+) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        match condition() {
+            Ok(value) => return value,
+            Err(state) if Instant::now() > deadline => {
+                panic!("not within {within:?}: {what}; it is: {state}")
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
     }
+}
+
+/// Shorter to read in a table of times.
+pub const fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
 }
 
 /// A TCP port on loopback that was free a moment ago.

@@ -1,0 +1,163 @@
+//! Why a camera does not stream, in words that say what to do. No credentials stand in them.
+
+use std::io;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+use gst::{CoreError, ResourceError, StreamError};
+use url::Url;
+
+use super::source::{Source, mask};
+
+/// Why there are no frames.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    /// The camera refused the login in the URL.
+    #[error("wrong user name or password (RTSP 401)")]
+    WrongLogin,
+    /// The camera wants a login and the URL has none.
+    #[error("the camera wants a login (RTSP 401): write rtsp://user:password@host/path")]
+    NoLogin,
+    /// The camera is there, the path is not.
+    #[error("no such path on the camera: {0} (RTSP 404)")]
+    NoSuchPath(String),
+    /// The file or device is not there.
+    #[error("{0} does not exist")]
+    NoSuchFile(String),
+    /// The host's name is not known.
+    #[error("the host name {0} does not resolve: check the name and this machine's DNS")]
+    Unresolved(String),
+    /// Nothing listens on the port.
+    #[error("connection refused by {0}: check the port, and that RTSP is switched on there")]
+    Refused(String),
+    /// The network does not lead there.
+    #[error("no route to {0}: check the address and the network")]
+    NoRoute(String),
+    /// Nobody answers at the address.
+    #[error("no answer from {0}: check the address, the camera's power and firewalls")]
+    NoAnswer(String),
+    /// Something accepts connections, but speaks no RTSP.
+    #[error("{0} accepts connections, but does not answer RTSP: check the port")]
+    Mute(String),
+    /// No secure connection came about.
+    #[error(
+        "TLS: {0}; for a camera that signed its own certificate \
+         write pipeline = \"rtsp-selfsigned\""
+    )]
+    Tls(String),
+    /// Another answer than 200, 401 and 404.
+    #[error("the camera answered RTSP {0}")]
+    Refusal(String),
+    /// There is no decoder.
+    #[error("no decoder for this stream: {0}")]
+    Codec(String),
+    /// The source holds no pictures.
+    #[error("the source has no video")]
+    NoVideo,
+    /// Nothing came for this long.
+    #[error("no frame for {:.1} s", .0.as_secs_f64())]
+    Silence(Duration),
+    /// The camera ended the stream, or its connection broke.
+    #[error("the camera ended the stream")]
+    Ended,
+    /// The launch template can't be used.
+    #[error("pipeline: {0}")]
+    Pipeline(String),
+    /// Anything else, in GStreamer's words.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// An error message of a pipeline, taken apart.
+#[derive(Debug, Clone)]
+pub(super) struct Failure {
+    kind: Kind,
+    /// The words for people.
+    message: String,
+    /// The words for developers, without the place in the code.
+    details: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Login,
+    Missing,
+    Codec,
+    /// Reading, writing or connecting did not work.
+    Transport,
+    Other,
+}
+
+impl Failure {
+    pub(super) fn of(error: &gst::message::Error) -> Self {
+        let cause = error.error();
+        let kind = if let Some(resource) = cause.kind::<ResourceError>() {
+            match resource {
+                ResourceError::NotAuthorized => Kind::Login,
+                ResourceError::NotFound => Kind::Missing,
+                _ => Kind::Transport,
+            }
+        } else if let Some(stream) = cause.kind::<StreamError>() {
+            match stream {
+                StreamError::CodecNotFound => Kind::Codec,
+                _ => Kind::Other,
+            }
+        } else {
+            match cause.kind::<CoreError>() {
+                Some(CoreError::MissingPlugin) => Kind::Codec,
+                _ => Kind::Other,
+            }
+        };
+        // First line: file, line, function and element.
+        let debug = error.debug().map(|d| d.to_string()).unwrap_or_default();
+        let details = debug.split_once('\n').map_or("", |(_, rest)| rest).trim().replace('\n', " ");
+        Self { kind, message: cause.message().trim_end_matches('.').to_owned(), details }
+    }
+
+    /// What it means for this source; `None`: the network has to be asked (`diagnose`).
+    pub(super) fn reason(&self, source: &Source) -> Option<Reason> {
+        let said = match &self.details[..] {
+            "" => mask(&self.message),
+            details => mask(&format!("{}: {details}", self.message)),
+        };
+        match (self.kind, source) {
+            (Kind::Login, Source::Rtsp(url)) if url.username().is_empty() => Some(Reason::NoLogin),
+            (Kind::Login, _) => Some(Reason::WrongLogin),
+            (Kind::Missing, Source::Rtsp(url)) => Some(Reason::NoSuchPath(url.path().to_owned())),
+            (Kind::Missing, other) => Some(Reason::NoSuchFile(other.to_string())),
+            (Kind::Codec, _) => Some(Reason::Codec(said)),
+            (Kind::Transport, Source::Rtsp(_)) => match self.details.split_once("response: ") {
+                Some((_, status)) => Some(Reason::Refusal(status.trim_end_matches('.').to_owned())),
+                None => None,
+            },
+            _ => Some(Reason::Other(said)),
+        }
+    }
+}
+
+/// How long a connection may take to be accepted.
+const CONNECT_WITHIN: Duration = Duration::from_millis(1_500);
+
+/// Finds out why an RTSP source can't be reached, which rtspsrc does not tell: connects once. Name
+/// resolution may take many seconds.
+pub(super) fn diagnose(url: &Url) -> Reason {
+    let host = url.host_str().unwrap_or_default();
+    let secure = url.scheme() == "rtsps";
+    let port = url.port().unwrap_or(if secure { 322 } else { 554 });
+    let name = format!("{host}:{port}");
+    let Some(address) = name.to_socket_addrs().ok().and_then(|mut found| found.next()) else {
+        return Reason::Unresolved(host.to_owned());
+    };
+    match TcpStream::connect_timeout(&address, CONNECT_WITHIN) {
+        Ok(_) if secure => Reason::Tls("no secure connection came about".to_owned()),
+        Ok(_) => Reason::Mute(name),
+        Err(e) => match e.kind() {
+            io::ErrorKind::ConnectionRefused => Reason::Refused(name),
+            io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+                Reason::NoRoute(name)
+            }
+            io::ErrorKind::TimedOut => Reason::NoAnswer(name),
+            _ => Reason::Other(format!("{name}: {e}")),
+        },
+    }
+}
