@@ -4,5 +4,7 @@
 mod camera;
 mod config;
 mod harness;
+mod model;
 mod mqtt;
 mod queue;
+mod vision;

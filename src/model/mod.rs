@@ -1,1 +1,14 @@
-//! model.
+//! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
+//! `labels`), how it runs (`engine`, `runtime`) and where the running one is found (`slot`).
+
+pub mod contract;
+pub mod engine;
+pub mod file;
+pub mod foreign;
+pub mod labels;
+pub mod layout;
+pub mod onnx;
+pub mod refusal;
+pub mod runtime;
+pub mod slot;
+pub mod wire;

@@ -3,6 +3,7 @@
 pub mod camera;
 pub mod link;
 pub mod mosquitto;
+pub mod onnx;
 pub mod wire;
 
 use std::time::{Duration, Instant};

@@ -1,0 +1,527 @@
+//! A model that runs: session, buffers, and the three steps of a frame.
+//!
+//! Beside `runtime` the only file that names `ort`. What must be kept in mind about it:
+//!
+//! * `Session::run` is not thread-safe although ONNX Runtime says so, and takes `&mut self`. The
+//!   session lives in a mutex that only the worker takes: [`Model::runner`] is never contended.
+//! * Input and output are bound once to tensors of ours: a run copies and allocates nothing large.
+//!   Run options with preallocated outputs would not be `Sync`, and a watchdog needs them.
+//! * The CPU provider is never registered: doing so turns its arena off. Others fail loudly.
+//! * Output tensors and bindings keep a session alive: they are fields in front of it, so that they
+//!   go first.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use ort::ep;
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::{AutoDevicePolicy, SessionBuilder};
+use ort::session::{IoBinding, RunOptions, Session};
+use ort::value::{DynTensor, Tensor, ValueType};
+
+use super::contract::{Contract, Dtype, Overrides};
+use super::file::{Identity, ModelFile};
+use super::layout::Layout;
+use super::refusal::{Code, Refusal};
+use super::runtime::Runtime;
+use crate::config::Provider;
+use crate::vision::decode::{self, Candidate, DecodeError};
+use crate::vision::letterbox::Geometry;
+use crate::vision::nms;
+use crate::vision::picture::Picture;
+use crate::vision::preprocess::{Plan, PreprocessError, Target};
+
+/// Plans kept: one per size of picture, and cameras have few sizes.
+const PLANS_MAX: usize = 16;
+
+/// How sessions are built.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Execution provider.
+    pub provider: Provider,
+    /// Threads of one run, the caller's own among them; at least 1.
+    pub threads: usize,
+    /// Runs before the model counts as open: the first ones are slower.
+    pub warmup_runs: usize,
+    /// Operator domains allowed beyond the common ones.
+    pub custom_op_domains: Vec<String>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { provider: Provider::Cpu, threads: 2, warmup_runs: 2, custom_op_domains: Vec::new() }
+    }
+}
+
+/// Why a model did not open.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OpenError {
+    /// The model's fault.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The machine's: the provider is not in the library, or its hardware is missing.
+    #[error("provider {} can't be used with {library}: {reason}", .provider.name())]
+    Provider {
+        /// The one asked for.
+        provider: Provider,
+        /// ONNX Runtime's library.
+        library: String,
+        /// ONNX Runtime's words.
+        reason: String,
+    },
+}
+
+/// Why a frame failed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum RunError {
+    /// The picture.
+    #[error(transparent)]
+    Picture(#[from] PreprocessError),
+    /// The run.
+    #[error("inference failed: {0}")]
+    Session(String),
+    /// [`Model::terminate`] was called.
+    #[error("inference was stopped by the watchdog")]
+    Terminated,
+    /// The output.
+    #[error(transparent)]
+    Output(#[from] DecodeError),
+}
+
+/// An object in a picture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Detection {
+    /// Index of the label.
+    pub class_id: u32,
+    /// 0..=1.
+    pub score: f32,
+    /// Left edge as a fraction of the picture's width, 0..=1.
+    pub x1: f32,
+    /// Upper edge as a fraction of the picture's height, 0..=1.
+    pub y1: f32,
+    /// Right edge.
+    pub x2: f32,
+    /// Lower edge.
+    pub y2: f32,
+}
+
+/// What counts as an object.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Thresholds {
+    /// The score must be strictly greater.
+    pub confidence: f32,
+    /// Of two boxes of a class that overlap by more, the weaker goes.
+    pub iou: f32,
+}
+
+/// An open model. Shared as an `Arc`; one thread at a time runs it.
+pub struct Model {
+    identity: Identity,
+    contract: Contract,
+    provider: Provider,
+    state: Mutex<State>,
+    options: RunOptions,
+    terminated: AtomicBool,
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    input: Input,
+    output: Output,
+    binding: IoBinding,
+    session: Session,
+    /// By size of picture; the last one used is at the end.
+    plans: Vec<Plan>,
+    /// Where the input tensor's picture lies.
+    geometry: Option<Geometry>,
+    candidates: Vec<Candidate>,
+    /// A float16 output, widened.
+    wide: Vec<f32>,
+}
+
+#[derive(Debug)]
+enum Input {
+    F32(Tensor<f32>),
+    F16(Tensor<f16>),
+}
+
+#[derive(Debug)]
+enum Output {
+    /// Written in place by every run.
+    Bound(DynTensor),
+    /// Of a shape that only a run tells: copied out of it.
+    Copied { shape: [usize; 2], data: Vec<f32> },
+}
+
+impl Model {
+    /// Reads, checks, builds and warms up a model.
+    ///
+    /// # Errors
+    /// The model is refused, or the provider can't be used.
+    pub fn open(
+        runtime: &Arc<Runtime>,
+        path: &Path,
+        options: &EngineOptions,
+        overrides: &Overrides,
+    ) -> Result<Self, OpenError> {
+        let file = ModelFile::read(path, overrides, &options.custom_op_domains)?;
+        Self::build(runtime, &file, options)
+    }
+
+    /// Builds and warms up a model that was checked already. The session's threads inherit the
+    /// niceness and affinity of the calling thread.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn build(
+        runtime: &Arc<Runtime>,
+        file: &ModelFile,
+        options: &EngineOptions,
+    ) -> Result<Self, OpenError> {
+        let contract = file.contract.clone();
+        let refused = |what: &str, e: ort::Error| {
+            let name = &file.identity.id;
+            Refusal::new(Code::Session, format!("{name}: ONNX Runtime {what}: {}", one_line(&e)))
+        };
+        let mut builder = configure(runtime, &contract, options)
+            .map_err(|e| refused("can't be configured", e))?;
+        if let Some(provider) = dispatch(options) {
+            let library = runtime.library().display().to_string();
+            builder = builder.with_execution_providers([provider]).map_err(|e| {
+                let reason = one_line(&e);
+                OpenError::Provider { provider: options.provider, library, reason }
+            })?;
+        }
+        let session =
+            builder.commit_from_memory(&file.bytes).map_err(|e| refused("does not load it", e))?;
+        let state = State::new(session, &contract).map_err(|e| refused("can't bind it", e))?;
+        let run_options = RunOptions::new().map_err(|e| refused("can't be configured", e))?;
+        let model = Self {
+            identity: file.identity.clone(),
+            contract,
+            provider: options.provider,
+            state: Mutex::new(state),
+            options: run_options,
+            terminated: AtomicBool::new(false),
+        };
+        model.warm_up(options.warmup_runs.max(1))?;
+        Ok(model)
+    }
+
+    /// Which model it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// How it is used.
+    pub fn contract(&self) -> &Contract {
+        &self.contract
+    }
+
+    /// The provider that its session was built with.
+    pub fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    /// Stops a run that takes too long, from another thread. ONNX Runtime looks at it between
+    /// nodes; the model stays stopped and fails every further run.
+    pub fn terminate(&self) {
+        self.terminated.store(true, Ordering::Release);
+        // It only sets a flag; the hard deadline behind it does not rely on it.
+        let _ = self.options.terminate();
+    }
+
+    /// The three steps of a frame. Held while a frame is worked on, by the worker alone.
+    pub fn runner(&self) -> Runner<'_> {
+        let state = self.state.lock().expect("a frame that panicked ended the process");
+        Runner { model: self, state }
+    }
+
+    fn warm_up(&self, runs: usize) -> Result<(), Refusal> {
+        let mut runner = self.runner();
+        let failed = |why: String| {
+            Refusal::new(Code::Run, format!("{}: its first run failed: {why}", self.identity.id))
+        };
+        for _ in 0..runs {
+            runner.run().map_err(|e| failed(e.to_string()))?;
+        }
+        let found = runner.state.output.shape();
+        self.contract.check_run(found).map_err(failed)
+    }
+}
+
+/// The session's options: nothing is left to defaults that change between versions.
+fn configure(
+    runtime: &Runtime,
+    contract: &Contract,
+    options: &EngineOptions,
+) -> ort::Result<SessionBuilder> {
+    let mut builder = Session::builder(&runtime.environment)?
+        // The default prefers an NPU where there is one.
+        .with_auto_device(AutoDevicePolicy::PreferCPU)?
+        .with_intra_threads(options.threads.max(1))?
+        .with_inter_threads(1)?
+        // Spinning burns a core between frames, which the decoder needs.
+        .with_intra_op_spinning(false)?
+        .with_inter_op_spinning(false)?
+        .with_log_level(ort::logging::LogLevel::Warning)?;
+    for (name, size) in &contract.fixed {
+        builder = builder.with_dimension_override(name, *size as i64)?;
+    }
+    Ok(builder)
+}
+
+fn dispatch(options: &EngineOptions) -> Option<ep::ExecutionProviderDispatch> {
+    let provider = match options.provider {
+        Provider::Cpu => return None,
+        Provider::OpenVino => ep::OpenVINO::default()
+            .with_device_type("CPU")
+            .with_num_threads(options.threads.max(1))
+            .build(),
+        Provider::Cuda => ep::CUDA::default().build(),
+        Provider::TensorRt => ep::TensorRT::default().build(),
+    };
+    Some(provider.error_on_failure())
+}
+
+fn one_line<R>(error: &ort::Error<R>) -> String {
+    error.message().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+impl State {
+    fn new(session: Session, contract: &Contract) -> ort::Result<Self> {
+        let memory = Allocator::default();
+        let shape = [1, 3, contract.input.height, contract.input.width];
+        let mut binding = session.create_binding()?;
+        let input = match contract.input.dtype {
+            Dtype::F32 => Input::F32(Tensor::new(&memory, shape)?),
+            Dtype::F16 => Input::F16(Tensor::new(&memory, shape)?),
+        };
+        let name = &contract.output.name;
+        let outlet = session.outputs().iter().find(|o| o.name() == name);
+        let known = outlet.and_then(|o| match o.dtype() {
+            ValueType::Tensor { ty, shape, .. } if shape.iter().all(|d| *d > 0) => {
+                Some((*ty, shape.clone()))
+            }
+            _ => None,
+        });
+        let output = match known {
+            Some((ty, shape)) => {
+                let mut tensor = DynTensor::new(&memory, ty, shape)?;
+                binding.bind_output(name, &mut tensor)?;
+                Output::Bound(tensor)
+            }
+            None => {
+                let cpu = MemoryInfo::new(
+                    AllocationDevice::CPU,
+                    0,
+                    AllocatorType::Device,
+                    MemoryType::Default,
+                )?;
+                binding.bind_output_to_device(name, &cpu)?;
+                Output::Copied { shape: [0; 2], data: Vec::new() }
+            }
+        };
+        let mut state = Self {
+            input,
+            output,
+            binding,
+            session,
+            plans: Vec::new(),
+            geometry: None,
+            candidates: Vec::new(),
+            wide: Vec::new(),
+        };
+        state.bind_input(&contract.input.name)?;
+        Ok(state)
+    }
+
+    fn bind_input(&mut self, name: &str) -> ort::Result<()> {
+        match &self.input {
+            Input::F32(tensor) => self.binding.bind_input(name, tensor),
+            Input::F16(tensor) => self.binding.bind_input(name, tensor),
+        }
+    }
+}
+
+impl Output {
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Bound(tensor) => last_two(tensor.shape()),
+            Self::Copied { shape, .. } => *shape,
+        }
+    }
+}
+
+fn last_two(shape: &[i64]) -> [usize; 2] {
+    match shape {
+        [.., a, b] => [*a as usize, *b as usize],
+        _ => [0, 0],
+    }
+}
+
+/// A frame's three steps, in order: [`preprocess`](Self::preprocess), [`run`](Self::run),
+/// [`postprocess`](Self::postprocess).
+#[derive(Debug)]
+pub struct Runner<'m> {
+    model: &'m Model,
+    state: MutexGuard<'m, State>,
+}
+
+impl Runner<'_> {
+    /// Writes a picture into the input tensor.
+    ///
+    /// # Errors
+    /// A plane of the picture is too short.
+    pub fn preprocess(&mut self, picture: &Picture<'_>) -> Result<(), RunError> {
+        let wanted = &self.model.contract.input;
+        let State { input, plans, geometry, .. } = &mut *self.state;
+        let size = (picture.width, picture.height);
+        match plans.iter().position(|p| p.geometry().source == size) {
+            Some(at) => {
+                let last = plans.len() - 1;
+                plans.swap(at, last);
+            }
+            None => {
+                if plans.len() == PLANS_MAX {
+                    plans.remove(0);
+                }
+                let place = Geometry::new(wanted.fit, size, (wanted.width, wanted.height));
+                plans.push(Plan::new(place, wanted.order, wanted.scale));
+            }
+        }
+        let plan = plans.last_mut().expect("one was pushed or found");
+        let mut target = match input {
+            Input::F32(tensor) => Target::F32(tensor.extract_tensor_mut().1),
+            Input::F16(tensor) => Target::F16(tensor.extract_tensor_mut().1),
+        };
+        if geometry.as_ref() != Some(plan.geometry()) {
+            plan.write_bars(&mut target);
+            *geometry = Some(*plan.geometry());
+        }
+        Ok(plan.write(picture, &mut target)?)
+    }
+
+    /// Runs the model on what [`preprocess`](Self::preprocess) wrote.
+    ///
+    /// # Errors
+    /// ONNX Runtime fails, or the watchdog stopped it.
+    pub fn run(&mut self) -> Result<(), RunError> {
+        let model = self.model;
+        let state = &mut *self.state;
+        let result = (|| {
+            // Elsewhere than on the CPU the data is copied to the device when it is bound.
+            if model.provider != Provider::Cpu {
+                state.bind_input(&model.contract.input.name)?;
+            }
+            let outputs = state.session.run_binding_with_options(&state.binding, &model.options)?;
+            if let Output::Copied { shape, data } = &mut state.output {
+                let value = &outputs[0];
+                let dims = match model.contract.output.dtype {
+                    Dtype::F32 => {
+                        let (dims, values) = value.try_extract_tensor::<f32>()?;
+                        data.clear();
+                        data.extend_from_slice(values);
+                        dims
+                    }
+                    Dtype::F16 => {
+                        let (dims, values) = value.try_extract_tensor::<f16>()?;
+                        widen(values, data);
+                        dims
+                    }
+                };
+                *shape = last_two(dims);
+            }
+            Ok(())
+        })();
+        result.map_err(|e: ort::Error| {
+            if model.terminated.load(Ordering::Acquire) {
+                RunError::Terminated
+            } else {
+                RunError::Session(one_line(&e))
+            }
+        })
+    }
+
+    /// Reads the output: `out` is cleared and filled, best first.
+    ///
+    /// # Errors
+    /// The output holds NaN or infinity, or a class without a label.
+    ///
+    /// # Panics
+    /// If nothing was ever preprocessed.
+    pub fn postprocess(
+        &mut self,
+        thresholds: &Thresholds,
+        out: &mut Vec<Detection>,
+    ) -> Result<(), RunError> {
+        out.clear();
+        let contract = &self.model.contract;
+        let State { output, candidates, wide, geometry, .. } = &mut *self.state;
+        let [_, columns] = output.shape();
+        let data: &[f32] = match output {
+            Output::Copied { data, .. } => data,
+            Output::Bound(tensor) => match contract.output.dtype {
+                Dtype::F32 => tensor.try_extract_tensor().map_err(session)?.1,
+                Dtype::F16 => {
+                    widen(tensor.try_extract_tensor().map_err(session)?.1, wide);
+                    wide
+                }
+            },
+        };
+        candidates.clear();
+        if !data.is_empty() {
+            read(contract, data, columns, thresholds, candidates)?;
+        }
+        let geometry = geometry.as_ref().expect("postprocess follows preprocess");
+        out.extend(candidates.iter().map(|c| {
+            let [x1, y1, x2, y2] = geometry.to_source(c.corners);
+            Detection { class_id: c.class, score: c.score, x1, y1, x2, y2 }
+        }));
+        Ok(())
+    }
+}
+
+/// Decodes and, where the layout wants it, suppresses. `columns` is the output's last dimension.
+fn read(
+    contract: &Contract,
+    data: &[f32],
+    columns: usize,
+    thresholds: &Thresholds,
+    out: &mut Vec<Candidate>,
+) -> Result<(), DecodeError> {
+    let confidence = thresholds.confidence;
+    let input = (contract.input.width, contract.input.height);
+    let labels = contract.labels.len();
+    match contract.layout {
+        Layout::Yolo8 => decode::yolo8(data, columns, confidence, out)?,
+        Layout::Yolo5 => decode::yolo5(data, columns, confidence, out)?,
+        Layout::Yolox => decode::yolox(data, columns, input, confidence, out)?,
+        Layout::End2end => return decode::end2end(data, labels, confidence, out),
+        Layout::Rtdetr if contract.ranked => {
+            return decode::rtdetr_ranked(data, labels, input, confidence, out);
+        }
+        Layout::Rtdetr => return decode::rtdetr(data, columns, input, confidence, out),
+    }
+    nms::suppress(out, thresholds.iou);
+    Ok(())
+}
+
+fn widen(from: &[f16], to: &mut Vec<f32>) {
+    to.resize(from.len(), 0.0);
+    from.convert_to_f32_slice(to);
+}
+
+fn session(e: ort::Error) -> RunError {
+    RunError::Session(one_line(&e))
+}

@@ -1,0 +1,228 @@
+//! The layouts of detectors' outputs, and how one is told from another.
+
+use crate::vision::letterbox::Fit;
+use crate::vision::preprocess::{Order, Scale};
+
+use super::refusal::{Code, Refusal};
+
+/// How boxes lie in the output `[1, a, b]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// `[1, 4 + classes, anchors]`: YOLOv8, v9, 11, 12.
+    Yolo8,
+    /// `[1, anchors, 5 + classes]`: YOLOv5, v7.
+    Yolo5,
+    /// `[1, anchors, 5 + classes]`, relative to the grid: YOLOX.
+    Yolox,
+    /// `[1, boxes, 6]`: YOLOv10, 26, suppression in the graph.
+    End2end,
+    /// `[1, boxes, 4 + classes]`, or `[1, boxes, 6]` with score and class: RT-DETR.
+    Rtdetr,
+}
+
+impl Layout {
+    /// The name in manifests and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Yolo8 => "yolo8",
+            Self::Yolo5 => "yolo5",
+            Self::Yolox => "yolox",
+            Self::End2end => "end2end",
+            Self::Rtdetr => "rtdetr",
+        }
+    }
+
+    /// What the inputs of such models are like.
+    pub(super) fn input(self) -> (Order, Scale, Fit) {
+        match self {
+            Self::Yolox => (Order::Bgr, Scale::Byte, Fit::Corner),
+            Self::Rtdetr => (Order::Rgb, Scale::Unit, Fit::Stretch),
+            _ => (Order::Rgb, Scale::Unit, Fit::Letterbox),
+        }
+    }
+}
+
+/// All that bears on the layout.
+pub(super) struct Evidence {
+    /// Second and third dimension of the output.
+    pub(super) shape: [Option<usize>; 2],
+    /// Width and height of the input.
+    pub(super) input: (usize, usize),
+    pub(super) labels: Option<usize>,
+    pub(super) stride: Option<u32>,
+    /// The metadata says that boxes need no suppression, or that they do.
+    pub(super) end2end: Option<bool>,
+    /// The metadata names RT-DETR.
+    pub(super) rtdetr: bool,
+    /// The metadata names the head, as the exporter does whose RT-DETR ranks its boxes.
+    pub(super) head: bool,
+}
+
+/// Number of cells of one anchor each that strides from 8 on (and 4, 16, 32 alone) make.
+fn anchor_counts(evidence: &Evidence) -> Vec<usize> {
+    let (w, h) = evidence.input;
+    let cells = |stride: usize| w.div_ceil(stride) * h.div_ceil(stride);
+    let greatest = evidence.stride.map_or_else(|| vec![8, 16, 32, 64], |s| vec![s as usize]);
+    let mut counts = Vec::new();
+    for greatest in greatest.into_iter().filter(|s| s.is_power_of_two() && *s <= 128) {
+        let (mut stride, mut count) = (greatest, 0);
+        while stride >= 4 {
+            count += cells(stride);
+            counts.push(count);
+            stride /= 2;
+        }
+    }
+    counts
+}
+
+/// Finds the one layout that everything agrees with.
+pub(super) fn recognise(evidence: &Evidence) -> Result<Layout, Refusal> {
+    let counts = anchor_counts(evidence);
+    let [a, b] = evidence.shape;
+    let anchors = |n: Option<usize>, per_cell: usize| {
+        n.is_some_and(|n| n % per_cell == 0 && counts.contains(&(n / per_cell)))
+    };
+    let mut fits = Vec::new();
+    if anchors(b, 1) && a.is_none_or(|a| a > 4) {
+        fits.push(Layout::Yolo8);
+    }
+    if anchors(a, 3) && b.is_none_or(|b| b > 5) {
+        fits.push(Layout::Yolo5);
+    }
+    if anchors(a, 1) && b.is_none_or(|b| b > 5) {
+        fits.push(Layout::Yolox);
+    }
+    if fits.len() != 1 {
+        fits = by_metadata(evidence, fits);
+    }
+    match fits[..] {
+        [layout] => Ok(layout),
+        [] => Err(unknown(evidence)),
+        _ => Err(ambiguous(evidence, &fits)),
+    }
+}
+
+/// No anchor count decided: the number of labels and what the exporter wrote must.
+fn by_metadata(evidence: &Evidence, fits: Vec<Layout>) -> Vec<Layout> {
+    let [a, b] = evidence.shape;
+    let mut fits = if fits.is_empty() {
+        let mut open = Vec::new();
+        if let Some(labels) = evidence.labels {
+            if a == Some(4 + labels) {
+                open.push(Layout::Yolo8);
+            }
+            if b == Some(5 + labels) && b != Some(6) {
+                open.extend([Layout::Yolo5, Layout::Yolox]);
+            }
+        }
+        if b == Some(6) {
+            open.push(Layout::End2end);
+        }
+        if b.is_some_and(|b| b > 4) {
+            open.push(Layout::Rtdetr);
+        }
+        open
+    } else {
+        fits
+    };
+    if evidence.rtdetr {
+        fits.retain(|f| *f == Layout::Rtdetr);
+    } else if evidence.end2end == Some(true) {
+        fits.retain(|f| *f == Layout::End2end);
+    } else if evidence.end2end == Some(false) {
+        fits.retain(|f| *f != Layout::End2end);
+    }
+    if let Some(labels) = evidence.labels {
+        fits.retain(|f| {
+            let ranked = ranked(*f, evidence);
+            classes(*f, ranked, evidence.shape).is_none_or(|n| n == labels)
+        });
+    }
+    fits
+}
+
+/// Accepts a layout that a manifest asks for, if the shape can be read so.
+pub(super) fn check(layout: Layout, evidence: &Evidence) -> Result<Layout, Refusal> {
+    let [a, b] = evidence.shape;
+    let possible = match layout {
+        Layout::Yolo8 => a.is_none_or(|a| a > 4),
+        Layout::Yolo5 => b.is_none_or(|b| b > 5),
+        // The grid must be walked: rows that do not fill it belong to something else.
+        Layout::Yolox => {
+            let (w, h) = evidence.input;
+            let cells: usize =
+                crate::vision::decode::YOLOX_STRIDES.iter().map(|s| (w / s) * (h / s)).sum();
+            a.is_none_or(|a| a == cells) && b.is_none_or(|b| b > 5)
+        }
+        Layout::End2end => b.is_none_or(|b| b == 6),
+        Layout::Rtdetr => b.is_none_or(|b| b > 4),
+    };
+    if possible {
+        return Ok(layout);
+    }
+    Err(Refusal::new(
+        Code::LayoutMismatch,
+        format!(
+            "the manifest says layout {:?}, but the output {} can't be read so",
+            layout.name(),
+            shape(evidence.shape)
+        ),
+    ))
+}
+
+/// Whether an RT-DETR output holds score and class instead of a score per class. With six columns
+/// and two labels both are possible; the exporter that ranks also writes `head`.
+pub(super) fn ranked(layout: Layout, evidence: &Evidence) -> bool {
+    layout == Layout::Rtdetr
+        && evidence.shape[1] == Some(6)
+        && (evidence.head || evidence.labels != Some(2))
+}
+
+/// Number of classes that a shape implies; `None` where the output does not say.
+pub(super) fn classes(layout: Layout, ranked: bool, [a, b]: [Option<usize>; 2]) -> Option<usize> {
+    match layout {
+        Layout::Yolo8 => a.map(|a| a.saturating_sub(4)),
+        Layout::Yolo5 | Layout::Yolox => b.map(|b| b.saturating_sub(5)),
+        Layout::Rtdetr if !ranked => b.map(|b| b.saturating_sub(4)),
+        Layout::End2end | Layout::Rtdetr => None,
+    }
+}
+
+/// `yolo8, [1, 84, 8400]`
+pub(super) fn describe(layout: Layout, dims: [Option<usize>; 2]) -> String {
+    format!("{}, {}", layout.name(), shape(dims))
+}
+
+fn shape(dims: [Option<usize>; 2]) -> String {
+    let size = |n: Option<usize>| n.map_or("?".to_owned(), |n| n.to_string());
+    format!("[1, {}, {}]", size(dims[0]), size(dims[1]))
+}
+
+fn unknown(evidence: &Evidence) -> Refusal {
+    let labels = evidence.labels.map_or("no labels".to_owned(), |n| format!("{n} labels"));
+    Refusal::new(
+        Code::UnknownLayout,
+        format!(
+            "output {} with an input of {}x{} and {labels} is no known layout: known are \
+             [1, 4+classes, anchors] (yolo8), [1, anchors, 5+classes] (yolo5, yolox), [1, boxes, 6] \
+             (end2end), [1, boxes, 4+classes] (rtdetr); say `layout` in the manifest if it is one",
+            shape(evidence.shape),
+            evidence.input.0,
+            evidence.input.1,
+        ),
+    )
+}
+
+fn ambiguous(evidence: &Evidence, fits: &[Layout]) -> Refusal {
+    let names: Vec<_> = fits.iter().map(|f| f.name()).collect();
+    Refusal::new(
+        Code::AmbiguousLayout,
+        format!(
+            "output {} can be read as {}: say which in the manifest (\"layout\": \"{}\")",
+            shape(evidence.shape),
+            names.join(" or as "),
+            names[0]
+        ),
+    )
+}

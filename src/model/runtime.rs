@@ -1,0 +1,139 @@
+//! ONNX Runtime's library: found, loaded, one environment for the life of the process.
+//!
+//! Beside `engine` the only file that names `ort`.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use ort::environment::Environment;
+use ort::logging::LogLevel;
+
+/// Where packages install the library.
+const SYSTEM_DIR: &str = "/usr/lib/noblink";
+/// Folders above the program in which `lib/onnxruntime` is looked for: `target/debug/deps` of a
+/// checkout is three below it.
+const ANCESTORS_MAX: usize = 4;
+
+/// ORT allows one environment per process, ever: this holds it for good.
+static LOADED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
+
+/// The loaded library.
+#[derive(Debug)]
+pub struct Runtime {
+    pub(super) environment: Environment,
+    library: PathBuf,
+    version: String,
+}
+
+/// Why there is no ONNX Runtime.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// Nothing at any of the places.
+    #[error(
+        "ONNX Runtime's library was not found; looked for libonnxruntime.so* in {}. \
+         Run `make build` in the project's folder, or name it: inference.library in the \
+         configuration, or ORT_DYLIB_PATH", places(.0)
+    )]
+    NotFound(Vec<PathBuf>),
+    /// It is there, but does not load.
+    #[error("ONNX Runtime's library {} does not load: {reason}", .path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// The loader's, or ONNX Runtime's, own words.
+        reason: String,
+    },
+}
+
+fn places(places: &[PathBuf]) -> String {
+    places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+impl Runtime {
+    /// Loads the library: the one named (a file, or the folder it lies in), else that of
+    /// `ORT_DYLIB_PATH`, else `lib/onnxruntime` in a folder above the program (a checkout), else
+    /// that in `/usr/lib/noblink`. A process has one: later calls get it whatever they name.
+    ///
+    /// # Errors
+    /// It is nowhere, or does not load.
+    pub fn load(library: Option<&Path>) -> Result<Arc<Self>, RuntimeError> {
+        let mut loaded = LOADED.lock().expect("loading ONNX Runtime does not panic");
+        if let Some(runtime) = &*loaded {
+            return Ok(Arc::clone(runtime));
+        }
+        let path = find(library)?;
+        let unusable = |reason: String| RuntimeError::Unusable { path: path.clone(), reason };
+        let environment = ort::init_from(&path)
+            .map_err(|e| unusable(e.to_string()))?
+            .with_name("noblink")
+            .with_telemetry(false)
+            .build()
+            .map_err(|e| unusable(e.to_string()))?;
+        // Below this the library composes messages for every run only to have them filtered.
+        environment.set_log_level(LogLevel::Warning);
+        let version = version_of(&path);
+        let runtime = Arc::new(Self { environment, library: path, version });
+        *loaded = Some(Arc::clone(&runtime));
+        Ok(runtime)
+    }
+
+    /// The library's file.
+    pub fn library(&self) -> &Path {
+        &self.library
+    }
+
+    /// The library's version, as its file name says it (`1.32.0`), else `unknown`: `ort` checks
+    /// the version but keeps it to itself.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+}
+
+fn find(library: Option<&Path>) -> Result<PathBuf, RuntimeError> {
+    let named = library.map(Path::to_owned);
+    let named = named.or_else(|| {
+        std::env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()).map(PathBuf::from)
+    });
+    if let Some(path) = named {
+        // A file that is named is taken or complained about, never passed over.
+        let found = if path.is_dir() { newest(&path) } else { Some(path.clone()) };
+        return found
+            .filter(|p| p.exists())
+            .and_then(|p| std::path::absolute(p).ok())
+            .ok_or(RuntimeError::NotFound(vec![path]));
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    let mut places: Vec<_> = program
+        .ancestors()
+        .skip(1)
+        .take(ANCESTORS_MAX)
+        .map(|dir| dir.join("lib/onnxruntime"))
+        .collect();
+    places.push(SYSTEM_DIR.into());
+    places.iter().find_map(|dir| newest(dir)).ok_or(RuntimeError::NotFound(places))
+}
+
+/// `libonnxruntime.so` in a folder, else the one with the highest version behind it.
+fn newest(dir: &Path) -> Option<PathBuf> {
+    let plain = dir.join("libonnxruntime.so");
+    if plain.exists() {
+        return Some(plain);
+    }
+    let version = |path: &Path| -> Vec<u32> {
+        version_of(path).split('.').filter_map(|n| n.parse().ok()).collect()
+    };
+    std::fs::read_dir(dir)
+        .ok()?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("libonnxruntime.so.")
+        })
+        .max_by_key(|path| version(path))
+}
+
+fn version_of(library: &Path) -> String {
+    let file = library.canonicalize().unwrap_or_else(|_| library.to_owned());
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    name.split_once(".so.").map_or("unknown", |(_, version)| version).to_owned()
+}

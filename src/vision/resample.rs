@@ -1,0 +1,52 @@
+//! Which source pixels make which target pixel: the tables of a bilinear resize along one axis.
+//!
+//! They are those of OpenCV's `resize` with `INTER_LINEAR` on 8-bit pictures
+//! (`modules/imgproc/src/resize.cpp`): the source position is `(d + 0.5) * scale - 0.5`, computed
+//! in double and kept as float, weights are 11-bit integers, and the border repeats. There is no
+//! averaging over the area: at a scale of 3 each target pixel is one source pixel, as it was when
+//! the published accuracy of these models was measured.
+
+/// Bits of a weight: `1 << WEIGHT_BITS` is a weight of one.
+pub const WEIGHT_BITS: u32 = 11;
+
+/// One axis of a resize: target pixel `d` is made of `low[d]` and `high[d]`.
+#[derive(Debug, Clone)]
+pub struct Axis {
+    /// Source pixel below the position.
+    pub low: Vec<u32>,
+    /// Source pixel above it, within the picture.
+    pub high: Vec<u32>,
+    /// Weights of `low` and of `high`, summing to `1 << WEIGHT_BITS`.
+    pub weight: Vec<(u16, u16)>,
+}
+
+impl Axis {
+    /// The tables from `source` to `target` pixels, both at least 1.
+    pub fn new(source: usize, target: usize) -> Self {
+        let scale = 1.0 / (target as f64 / source as f64);
+        let one = f32::from(1u16 << WEIGHT_BITS);
+        let last = source - 1;
+        let mut axis = Self {
+            low: Vec::with_capacity(target),
+            high: Vec::with_capacity(target),
+            weight: Vec::with_capacity(target),
+        };
+        for d in 0..target {
+            let position = ((d as f64 + 0.5) * scale - 0.5) as f32;
+            let floor = position.floor();
+            let (low, fraction) = match floor as i64 {
+                below if below < 0 => (0, 0.0),
+                at if at as usize >= last => (last, 0.0),
+                at => (at as usize, position - floor),
+            };
+            let weight = (
+                ((1.0 - fraction) * one).round_ties_even() as u16,
+                (fraction * one).round_ties_even() as u16,
+            );
+            axis.low.push(low as u32);
+            axis.high.push((low + 1).min(last) as u32);
+            axis.weight.push(weight);
+        }
+        axis
+    }
+}

@@ -1,0 +1,1 @@
+//! Geometry, resampling, colour, decode, suppression.
