@@ -23,9 +23,9 @@ WIDTHS = (320, 416)
 
 # classes, height, width, height of the canvas for most of the training, seed, steps, pictures, set
 MODELS = {
-    "v1": dict(classes=3, height=320, width=320, canvas=224, seed=1, steps=1000, set="train",
-               pictures=1000, text="Plates, dents and holes on an inspection line"),
-    "v2": dict(classes=4, height=256, width=416, canvas=256, seed=2, steps=5000, set="train",
+    "v1": dict(classes=3, height=320, width=320, canvas=224, seed=1, steps=1500, set="train",
+               pictures=1500, text="Plates, dents and holes on an inspection line"),
+    "v2": dict(classes=4, height=256, width=416, canvas=256, seed=2, steps=4500, set="train",
                pictures=DRAWN, text="Plates, dents, holes and scratches on an inspection line"),
     "v3": dict(classes=4, height=256, width=416, canvas=256, seed=3, steps=350, set="narrow",
                pictures=32, text="Bad on purpose: v2's network after a wrong training"),
@@ -66,11 +66,17 @@ def evaluate_models(names):
         for label, r in report[name].items():
             print(f"{name}  {label:8} AP50 {r['ap50']:.3f}  AP50-95 {r['ap50_95']:.3f}  recall {r['recall']:.3f}  "
                   f"precision {r['precision']:.3f}  of {r['objects']}", flush=True)
-    print("on the calibration folder, at the device's threshold:")
-    for name, model in zip(names, models):
-        r = evaluate.measure(model, calibration.read(HERE / "calibration"))
-        print(name, "  ".join(f"{k} recall {v['recall']:.3f} precision {v['precision']:.3f}"
-                              for k, v in r.items()))
+    sites = {"calibration": lambda: calibration.read(HERE / "calibration")}
+    for clip in clips.CLIPS:
+        sites[clip] = lambda c=clip: clips.decoded(c, HERE / "clips" / f"{c}.mp4")
+    for site, pictures_of in sites.items():
+        for name, model in zip(names, models):
+            r = evaluate.measure(model, pictures_of())
+            total = sum(v["objects"] for v in r.values())
+            recall = sum(v["recall"] * v["objects"] for v in r.values()) / total
+            print(f"{site}  {name}  recall {recall:.3f}:  " + "  ".join(
+                f"{k} {v['recall']:.3f} (precision {v['precision']:.3f})" for k, v in r.items()),
+                flush=True)
     print("median ms per run:", dict(zip(names, evaluate.time_runs(models).round(2).tolist())))
     CACHE.mkdir(exist_ok=True)
     (CACHE / "report.json").write_text(json.dumps(report, indent=1))

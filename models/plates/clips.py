@@ -7,9 +7,10 @@ shadow) has the loop as its period too.
 
 import subprocess
 
+import cv2
 import numpy as np
 
-from .render import BELT_PERIOD_MM, Camera, Lens, Light, render
+from .render import BELT_PERIOD_MM, Camera, Lens, Light, labels, render
 from .scene import make_plate
 
 LOOP_S = 20
@@ -54,26 +55,49 @@ def camera_b(t):
 
 
 # name -> (camera, frames per second, where on the line, colour standard, quality)
-CLIPS = {"line-a": (camera_a, 20, 0.0, "bt709", 27),
-         "line-b": (camera_b, 10, 1330.0, "smpte170m", 25)}
+CLIPS = {"line-a": (camera_a, 20, 0.0, "bt709", 24),
+         "line-b": (camera_b, 10, 1330.0, "smpte170m", 22)}
+
+
+def stage(name, k, plates):
+    """Frame `k` of a clip: camera, light, lens, plates in view, how far the belt has run (mm)."""
+    camera_of, rate, at_mm, _, _ = CLIPS[name]
+    t = k / (LOOP_S * rate)
+    run = LOOP_MM * t + at_mm
+    placed = []
+    for plate, x, y, angle in plates:
+        here = (x + run + LOOP_MM / 2) % LOOP_MM - LOOP_MM / 2
+        if abs(here) < 760:
+            placed.append((plate, here, y, angle))
+    return *camera_of(t), placed, run
 
 
 def frames(name):
-    """Yields (RGB u8, boxes) for one loop."""
-    camera_of, rate, at_mm, _, _ = CLIPS[name]
-    count = LOOP_S * rate
-    plates, sprites = line(), {}
-    for k in range(count):
-        t = k / count
-        camera, light, lens = camera_of(t)
-        run = LOOP_MM * t + at_mm
-        placed = []
-        for plate, x, y, angle in plates:
-            here = (x + run + LOOP_MM / 2) % LOOP_MM - LOOP_MM / 2
-            if abs(here) < 760:
-                placed.append((plate, here, y, angle))
+    """Yields RGB u8 pictures for one loop."""
+    plates, sprites, rate = line(), {}, CLIPS[name][1]
+    for k in range(LOOP_S * rate):
+        camera, light, lens, placed, run = stage(name, k, plates)
         rng = np.random.default_rng([LINE_SEED, rate, k])
-        yield render(camera, light, lens, placed, run, BELT_STYLE, rng, sprites)
+        yield render(camera, light, lens, placed, run, BELT_STYLE, rng, sprites)[0]
+
+
+def truth(name):
+    """The labels of each frame, without drawing it."""
+    plates = line()
+    for k in range(LOOP_S * CLIPS[name][1]):
+        camera, _, _, placed, _ = stage(name, k, plates)
+        m = camera.matrix()
+        yield np.array([b for p in placed for b in labels(camera, m, *p)]).reshape(-1, 5)
+
+
+def decoded(name, path):
+    """[(RGB u8 as a viewer gets it, boxes)]: what the models are to see on the demo cameras."""
+    clip = cv2.VideoCapture(str(path))
+    for boxes in truth(name):
+        ok, frame = clip.read()
+        if not ok:
+            raise SystemExit(f"{path} ends early")
+        yield frame[..., ::-1], boxes
 
 
 def encode(name, path):
@@ -91,7 +115,7 @@ def encode(name, path):
         "-color_range", "tv", "-threads", "1", "-map_metadata", "-1", "-fflags", "+bitexact",
         "-flags:v", "+bitexact+cgop", "-movflags", "+faststart", str(path)]
     pipe = subprocess.Popen(command, stdin=subprocess.PIPE)
-    for image, _ in frames(name):
+    for image in frames(name):
         pipe.stdin.write(image.tobytes())
     pipe.stdin.close()
     if pipe.wait() != 0:

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 
+from . import clips
 from .detect import Model
 
 # BGR, as OpenCV draws; bright on steel and on the belt alike.
@@ -27,24 +28,13 @@ def draw_boxes(image, found, names):
     return out
 
 
-def decode(path):
-    """All frames of a clip, BGR u8."""
-    clip = cv2.VideoCapture(str(path))
-    frames = []
-    while True:
-        ok, frame = clip.read()
-        if not ok:
-            return frames
-        frames.append(frame)
-
-
 def write(here):
     """The same frame of each camera by v1 and by v2: the newer one knows scratches."""
     (here / "pictures").mkdir(exist_ok=True)
     models = [Model(here / f"plates-{v}.onnx") for v in ("v1", "v2")]
     for name, at in (("line-a", 130), ("line-b", 60)):
-        frame = decode(here / "clips" / f"{name}.mp4")[at]
-        seen = [cv2.resize(draw_boxes(frame, m(frame[..., ::-1]), m.names), (640, 360),
+        frame, _ = list(clips.decoded(name, here / "clips" / f"{name}.mp4"))[at]
+        seen = [cv2.resize(draw_boxes(frame[..., ::-1], m(frame), m.names), (640, 360),
                            interpolation=cv2.INTER_AREA) for m in models]
         cv2.imwrite(str(here / "pictures" / f"{name}-v1-v2.jpg"), np.hstack(seen),
                     [cv2.IMWRITE_JPEG_QUALITY, 82])
