@@ -4,10 +4,22 @@
 //! (preprocess, inference, postprocess) → `mqtt` (outbox and link). `app` builds, starts and stops
 //! all of it. ARCHITECTURE.md shows the house.
 
+pub mod affinity;
+pub mod app;
+pub mod assets;
 pub mod camera;
+pub mod cli;
 pub mod config;
+pub mod demo;
+pub mod host;
+pub mod meter;
 pub mod model;
 pub mod mqtt;
+pub mod net;
 pub mod queue;
+pub mod records;
 pub mod rtsp;
+pub mod signals;
+pub mod snapshot;
 pub mod vision;
+pub mod worker;

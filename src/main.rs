@@ -1,3 +1,7 @@
-//! The command line.
+//! The command line. Each command is a file in `cli/`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    noblink::cli::main()
+}

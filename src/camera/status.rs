@@ -1,5 +1,6 @@
 //! What a camera says of itself.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -24,6 +25,20 @@ pub enum State {
     Ended,
     /// Switched off.
     Disabled,
+}
+
+impl State {
+    /// As it stands on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Streaming => "streaming",
+            Self::Stalled => "stalled",
+            Self::Backoff => "backoff",
+            Self::Ended => "ended",
+            Self::Disabled => "disabled",
+        }
+    }
 }
 
 /// How RTP reaches us.
@@ -78,6 +93,32 @@ pub struct CameraStatus {
     pub connects: u64,
     /// Pipelines that were given up because they could not be taken down in time, and still are.
     pub leaked_pipelines: u64,
+}
+
+impl CameraStatus {
+    /// Whether there is nothing in `newer` that is worth a message of its own: offsets and
+    /// measured rates move all the time.
+    pub fn says_the_same(&self, newer: &Self) -> bool {
+        let picture =
+            |s: &Self| s.stream.as_ref().map(|s| (s.codec.clone(), s.width, s.height, s.transport));
+        let news = |s: &Self| (s.state, s.reason.clone(), s.clock, s.connects, picture(s));
+        news(self) == news(newer)
+    }
+}
+
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}x{}", self.codec.as_deref().unwrap_or("raw"), self.width, self.height)?;
+        if let Some(fps) = self.fps {
+            write!(f, " at {fps} fps")?;
+        }
+        match self.transport {
+            Some(Transport::Tcp) => f.write_str(" over TCP"),
+            Some(Transport::Tls) => f.write_str(" over TLS"),
+            Some(Transport::Udp) => f.write_str(" over UDP"),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Stream {

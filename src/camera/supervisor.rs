@@ -435,9 +435,14 @@ mod tests {
 
     #[test]
     fn the_back_off_doubles_from_1_s_to_30_s() {
-        for (failures, least, most) in
-            [(1, 1.0, 1.5), (2, 2.0, 3.0), (3, 4.0, 6.0), (5, 16.0, 24.0), (6, 20.0, 30.0), (99, 20.0, 30.0)]
-        {
+        for (failures, least, most) in [
+            (1, 1.0, 1.5),
+            (2, 2.0, 3.0),
+            (3, 4.0, 6.0),
+            (5, 16.0, 24.0),
+            (6, 20.0, 30.0),
+            (99, 20.0, 30.0),
+        ] {
             assert_eq!(back_off(failures, 0).as_secs_f64(), least, "{failures}");
             assert_eq!(back_off(failures, u32::MAX).as_secs_f64(), most, "{failures}");
         }

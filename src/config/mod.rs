@@ -137,6 +137,19 @@ pub struct Inference {
     pub library: Option<PathBuf>,
 }
 
+impl Default for Inference {
+    fn default() -> Self {
+        Self {
+            provider: Provider::Cpu,
+            threads: 2,
+            cores: None,
+            confidence: 0.25,
+            iou: 0.7,
+            library: None,
+        }
+    }
+}
+
 /// ONNX Runtime's execution providers that noblink knows how to register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -241,9 +254,8 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         root.problem("camera", "is missing: write one [[camera]] section per camera");
     }
     for (i, camera) in cameras.iter().enumerate() {
-        let id = camera.as_ref().map(|c| &c.id);
-        if id.is_some() && cameras[..i].iter().any(|c| c.as_ref().map(|c| &c.id) == id) {
-            let id = id.expect("checked above");
+        let Some(id) = camera.as_ref().map(|c| &c.id) else { continue };
+        if cameras[..i].iter().flatten().any(|c| c.id == *id) {
             root.problem(
                 &format!("camera[{i}].id"),
                 &format!("= \"{id}\": another camera has this id"),
@@ -443,8 +455,9 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
 }
 
 fn inference(mut s: Section<'_, '_>) -> Option<Inference> {
-    let provider = s.choice("provider", &Provider::NAMES, Provider::Cpu);
-    let threads = s.integer("threads", 1..=64, Some(2));
+    let default = Inference::default();
+    let provider = s.choice("provider", &Provider::NAMES, default.provider);
+    let threads = s.integer("threads", 1..=64, Some(default.threads as i64));
     let cores = s.integers("cores", 0..=1023);
     let confidence = s.number("confidence", 0.01..=0.99, Some(0.25));
     let iou = s.number("iou", 0.05..=0.99, Some(0.7));

@@ -28,7 +28,7 @@ use super::file::{Identity, ModelFile};
 use super::layout::Layout;
 use super::refusal::{Code, Refusal};
 use super::runtime::Runtime;
-use crate::config::Provider;
+use crate::config::{Inference, Provider};
 use crate::vision::decode::{self, Candidate, DecodeError};
 use crate::vision::letterbox::Geometry;
 use crate::vision::nms;
@@ -54,6 +54,13 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self { provider: Provider::Cpu, threads: 2, warmup_runs: 2, custom_op_domains: Vec::new() }
+    }
+}
+
+impl EngineOptions {
+    /// As `[inference]` says.
+    pub fn of(inference: &Inference) -> Self {
+        Self { provider: inference.provider, threads: inference.threads, ..Self::default() }
     }
 }
 

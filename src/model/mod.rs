@@ -5,6 +5,7 @@ pub mod contract;
 pub mod engine;
 pub mod file;
 pub mod foreign;
+pub mod inspect;
 pub mod labels;
 pub mod layout;
 pub mod onnx;

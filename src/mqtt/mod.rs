@@ -10,6 +10,7 @@ pub mod board;
 pub mod broker;
 pub mod failure;
 pub mod link;
+pub mod listener;
 pub mod outbox;
 pub mod status;
 pub mod tls;

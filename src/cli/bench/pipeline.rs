@@ -1,0 +1,270 @@
+//! `noblink bench pipeline`: the service's own camera, queue and worker on a clip, as fast as it
+//! is inferred. Beside it, bare decoding and bare runs of the model, so that what the rest costs
+//! can be told.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use serde::Serialize;
+
+use crate::app::OUTBOX;
+use crate::camera::Camera;
+use crate::camera::source::Source;
+use crate::config::{self, Inference, Provider, Publish};
+use crate::meter::Meter;
+use crate::model::contract::Overrides;
+use crate::model::engine::{EngineOptions, Model};
+use crate::model::runtime::Runtime;
+use crate::model::slot::{Live, Slot};
+use crate::mqtt::outbox::Outbox;
+use crate::mqtt::topics::Topics;
+use crate::queue::{self, Intake, LaneSettings};
+use crate::records::{Stages, rounded};
+use crate::worker::{Origin, Pulse, Worker};
+use crate::{affinity, assets, host};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    /// The ONNX file; the demo's model when left out
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// A clip (file:///…); a demo clip when left out
+    #[arg(long, value_name = "URL")]
+    source: Option<String>,
+    /// cpu, openvino, cuda or tensorrt
+    #[arg(long, default_value = "cpu")]
+    provider: String,
+    /// Threads of one run
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    threads: u8,
+    /// Frames to measure, after some to warm up
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    frames: u32,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// What was measured. The JSON's names are fixed: scripts read them.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    model: String,
+    source: String,
+    provider: &'static str,
+    runtime: String,
+    threads: usize,
+    cores: Vec<usize>,
+    frames: u32,
+    frames_per_s: f64,
+    cpu_ms_per_frame: f64,
+    /// CPU time of a frame that is neither bare decoding nor a bare run.
+    overhead_cpu_ms: f64,
+    decode_cpu_ms: f64,
+    run_cpu_ms: f64,
+    stages_ms: BenchStages,
+}
+
+/// Means: CPU time for `decode`, which goes on beside the rest, wall time for the others.
+#[derive(Debug, Serialize)]
+struct BenchStages {
+    decode: f64,
+    #[serde(flatten)]
+    worker: Stages,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "model      {}, {} frames of {}", self.model, self.frames, self.source)?;
+        writeln!(
+            f,
+            "engine     ONNX Runtime {}, {}, {} threads on cores {:?}\n",
+            self.runtime, self.provider, self.threads, self.cores
+        )?;
+        let s = &self.stages_ms;
+        for (stage, ms) in [
+            ("decode", s.decode),
+            ("queue", s.worker.queue),
+            ("preprocess", s.worker.preprocess),
+            ("inference", s.worker.inference),
+            ("postprocess", s.worker.postprocess),
+        ] {
+            writeln!(f, "{stage:<12}{ms:>9.3} ms")?;
+        }
+        writeln!(f, "\nframes/s    {:>9.2}", self.frames_per_s)?;
+        writeln!(f, "CPU a frame {:>9.3} ms", self.cpu_ms_per_frame)?;
+        write!(
+            f,
+            "  of these  {:>9.3} ms decoding and {:.3} ms running alone cost; {:.3} ms is the rest",
+            self.decode_cpu_ms, self.run_cpu_ms, self.overhead_cpu_ms
+        )
+    }
+}
+
+/// Frames that go by before the clock starts.
+const WARM_UP: u64 = 20;
+/// Runs of the model alone.
+const BARE_RUNS: u32 = 30;
+/// No frame for so long: the clip does not play.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+pub(super) fn run(args: Args) -> anyhow::Result<Report> {
+    gst::init().context("GStreamer can't be initialised")?;
+    let shipped = |relative| assets::find(relative).map_err(|e| anyhow!(e));
+    let model = args.model.clone().map_or_else(|| shipped("models/plates-v1.onnx"), Ok)?;
+    let url = match &args.source {
+        Some(url) => url.clone(),
+        None => format!("file://{}", shipped("models/clips/line-a.mp4")?.display()),
+    };
+    let source = Source::parse(&url).map_err(|e| anyhow!("--source {e}"))?;
+    let provider = Provider::parse(&args.provider).with_context(|| {
+        format!("--provider {}: cpu, openvino, cuda or tensorrt", args.provider)
+    })?;
+    let threads = usize::from(args.threads);
+    let inference = Inference { provider, threads, ..Inference::default() };
+    let cores = affinity::choose(threads);
+    let frames = u64::from(args.frames);
+
+    let decode_cpu_ms = bare_decode(&source, frames)?;
+    affinity::pin(&cores).map_err(|e| anyhow!(e))?;
+    let runtime = Runtime::load(None)?;
+    let options = EngineOptions::of(&inference);
+    let model = Model::open(&runtime, &model, &options, &Overrides::default())?;
+    let run_cpu_ms = bare_run(&model)?;
+
+    let name = format!("{} version {}", model.identity().id, model.identity().version);
+    let provider = model.provider().name();
+    let bench = Bench::start(&source, Some(model))?;
+    bench.wait_until(|l| l.inferred, WARM_UP)?;
+    bench.meter.take_window();
+    let (wall, cpu_s) = (Instant::now(), host::cpu_seconds());
+    let before = bench.intake.snapshot()[0].ledger.inferred;
+    bench.wait_until(|l| l.inferred, before + frames)?;
+    let (wall_s, cpu_s) = (wall.elapsed().as_secs_f64(), host::cpu_seconds() - cpu_s);
+    let done = bench.intake.snapshot()[0].ledger.inferred - before;
+    let window = bench.meter.take_window();
+    bench.stop();
+
+    let cpu_ms = cpu_s * 1e3 / done as f64;
+    Ok(Report {
+        model: name,
+        source: source.to_string(),
+        provider,
+        runtime: runtime.version().to_owned(),
+        threads,
+        cores,
+        frames: args.frames,
+        frames_per_s: rounded(done as f64 / wall_s, 2),
+        cpu_ms_per_frame: rounded(cpu_ms, 3),
+        overhead_cpu_ms: rounded(cpu_ms - decode_cpu_ms - run_cpu_ms, 3),
+        decode_cpu_ms: rounded(decode_cpu_ms, 3),
+        run_cpu_ms: rounded(run_cpu_ms, 3),
+        stages_ms: BenchStages {
+            decode: rounded(decode_cpu_ms, 3),
+            worker: window.stages.context("no frame was inferred in the window")?,
+        },
+    })
+}
+
+/// CPU time of decoding one frame, with nothing else going on: there is no model, so the worker
+/// drops each frame at once.
+fn bare_decode(source: &Source, frames: u64) -> anyhow::Result<f64> {
+    let bench = Bench::start(source, None)?;
+    let dropped = |l: &queue::Ledger| l.dropped.no_model;
+    bench.wait_until(dropped, WARM_UP)?;
+    let (cpu_s, before) = (host::cpu_seconds(), dropped(&bench.intake.snapshot()[0].ledger));
+    bench.wait_until(dropped, before + frames)?;
+    let cpu_ms = (host::cpu_seconds() - cpu_s) * 1e3;
+    let done = dropped(&bench.intake.snapshot()[0].ledger) - before;
+    bench.stop();
+    Ok(cpu_ms / done as f64)
+}
+
+/// CPU time of one run of the model, with nothing else going on.
+fn bare_run(model: &Model) -> anyhow::Result<f64> {
+    let mut runner = model.runner();
+    let cpu_s = host::cpu_seconds();
+    for _ in 0..BARE_RUNS {
+        runner.run()?;
+    }
+    Ok((host::cpu_seconds() - cpu_s) * 1e3 / f64::from(BARE_RUNS))
+}
+
+/// The service's camera, queue and worker; nobody takes the records.
+struct Bench {
+    camera: Camera,
+    intake: Arc<Intake>,
+    meter: Arc<Meter>,
+    pulse: Arc<Pulse>,
+    worker: JoinHandle<()>,
+}
+
+impl Bench {
+    fn start(source: &Source, model: Option<Model>) -> anyhow::Result<Self> {
+        let settings = config::Camera {
+            id: "bench".into(),
+            source: source.clone(),
+            pipeline: source.default_pipeline().into(),
+            max_fps: None,
+            publish: Publish::All,
+            labels: None,
+            confidence: None,
+            publish_max_hz: None,
+            queue: 4,
+            stall_timeout_s: 10.0,
+            color: None,
+            realtime: false,
+            repeat: true,
+        };
+        let (intake, mut inlets) = queue::build(&[LaneSettings { queue: 4, max_fps: None }]);
+        let (meter, pulse) = (Arc::new(Meter::new(1)), Arc::new(Pulse::default()));
+        let slot = Arc::new(Slot::default());
+        let worker = Worker::new(
+            Arc::clone(&intake),
+            Arc::clone(&slot),
+            Arc::new(Outbox::new(OUTBOX)),
+            Arc::clone(&meter),
+            Arc::clone(&pulse),
+            Origin { device: "bench".into(), boot: "bench".into() },
+            &Topics::new("noblink", "bench"),
+            std::slice::from_ref(&settings),
+            &Inference::default(),
+        );
+        if let Some(model) = model {
+            slot.swap(Some(Arc::new(Live { model: Arc::new(model), epoch: 0 })));
+        }
+        let worker = std::thread::Builder::new().name("infer".into()).spawn(|| worker.run())?;
+        let camera = Camera::start(settings, inlets.remove(0), Arc::new(assets::templates(None)))?;
+        Ok(Self { camera, intake, meter, pulse, worker })
+    }
+
+    /// Waits until a count of the ledger has come this far.
+    fn wait_until(&self, count: impl Fn(&queue::Ledger) -> u64, goal: u64) -> anyhow::Result<()> {
+        let (mut last, mut since) = (0, Instant::now());
+        loop {
+            let now = count(&self.intake.snapshot()[0].ledger);
+            if now >= goal {
+                return Ok(());
+            }
+            if now > last {
+                (last, since) = (now, Instant::now());
+            } else if since.elapsed() > PATIENCE {
+                let reason = self.camera.status().reason.unwrap_or_default();
+                bail!("no frame for {} s: {reason}", PATIENCE.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn stop(self) {
+        self.camera.request_stop();
+        self.intake.close();
+        self.camera.join(Instant::now() + Duration::from_secs(3));
+        self.pulse.stop.store(true, Ordering::Relaxed);
+        self.worker.join().expect("the worker does not panic");
+    }
+}

@@ -1,0 +1,142 @@
+//! The commands, one file each, and what they share: exit codes, logging, signals.
+
+mod bench;
+mod demo;
+mod model;
+mod run;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config;
+
+/// Edge video detection that does not blink when its model is replaced.
+#[derive(Debug, Parser)]
+#[command(name = "noblink", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service
+    Run(run::Args),
+    /// Show noblink at work: two built-in cameras, a broker, a model, all on this machine
+    Demo(demo::Args),
+    /// Look at models
+    #[command(subcommand)]
+    Model(model::Command),
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::Command),
+}
+
+/// Why a command ended badly, with its exit code.
+pub(crate) enum Failure {
+    /// 1: something failed while it ran. The chain is printed.
+    Runtime(anyhow::Error),
+    /// 1: the command has said itself what is wrong.
+    Said,
+    /// 78 (`EX_CONFIG`): all problems of the configuration.
+    Config(config::Invalid),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        // A configuration stays one whatever path it came by.
+        match error.downcast::<config::Invalid>() {
+            Ok(invalid) => Self::Config(invalid),
+            Err(error) => Self::Runtime(error),
+        }
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+/// Parses the command line, runs the command, says what went wrong. Usage errors exit with 2.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(matches!(cli.command, Command::Run(_)));
+    let outcome = match cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Model(command) => model::run(command),
+        Command::Bench(command) => bench::run(command),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Said) => ExitCode::FAILURE,
+        Err(Failure::Runtime(error)) => {
+            eprintln!("noblink: {error:#}");
+            ExitCode::FAILURE
+        }
+        Err(Failure::Config(invalid)) => {
+            eprintln!("noblink: {invalid}");
+            ExitCode::from(78)
+        }
+    }
+}
+
+/// The service logs at `info`, one-shot commands at `error`; `NOBLINK_LOG` overrides. Under systemd
+/// each line starts with its level as the journal reads it, and without a time, which it adds.
+fn log_to_stderr(service: bool) {
+    let default = if service { "warn,noblink=info" } else { "error" };
+    let filter = EnvFilter::try_from_env("NOBLINK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.with_ansi(false).event_format(journal::Format).init();
+    } else {
+        builder.init();
+    }
+}
+
+/// Lines for the journal: `<6>text`.
+mod journal {
+    use std::fmt;
+
+    use tracing::{Event, Level, Subscriber};
+    use tracing_subscriber::fmt::format::Writer;
+    use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+    use tracing_subscriber::registry::LookupSpan;
+
+    pub(super) struct Format;
+
+    impl<S, N> FormatEvent<S, N> for Format
+    where
+        S: Subscriber + for<'a> LookupSpan<'a>,
+        N: for<'a> FormatFields<'a> + 'static,
+    {
+        fn format_event(
+            &self,
+            context: &FmtContext<'_, S, N>,
+            mut writer: Writer<'_>,
+            event: &Event<'_>,
+        ) -> fmt::Result {
+            // sd-daemon(3): the priorities of syslog.
+            let priority = match *event.metadata().level() {
+                Level::ERROR => 3,
+                Level::WARN => 4,
+                Level::INFO => 6,
+                Level::DEBUG | Level::TRACE => 7,
+            };
+            write!(writer, "<{priority}>")?;
+            context.field_format().format_fields(writer.by_ref(), event)?;
+            writeln!(writer)
+        }
+    }
+}
+
+/// Prints a value as JSON, for machines.
+fn print_json(value: &impl serde::Serialize) -> Outcome {
+    let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
+    println!("{text}");
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! `noblink model …`
+
+use std::path::PathBuf;
+
+use super::{Failure, Outcome, print_json};
+use crate::model::contract::Overrides;
+use crate::model::inspect::Inspection;
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Say what a model file is, and whether noblink can run it
+    Inspect {
+        /// The ONNX file
+        file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub(super) fn run(command: Command) -> Outcome {
+    match command {
+        Command::Inspect { file, json } => inspect(&file, json),
+    }
+}
+
+fn inspect(file: &std::path::Path, json: bool) -> Outcome {
+    let inspection = Inspection::of(file, &Overrides::default());
+    if json {
+        print_json(&inspection)?;
+    } else {
+        println!("{inspection}");
+    }
+    if inspection.runnable() { Ok(()) } else { Err(Failure::Said) }
+}

@@ -1,0 +1,24 @@
+//! `noblink run`: the service.
+
+use std::path::PathBuf;
+
+use super::Outcome;
+use crate::app::App;
+use crate::config::Config;
+use crate::signals::Signals;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The configuration
+    #[arg(long, value_name = "FILE", default_value = "/etc/noblink/noblink.toml")]
+    config: PathBuf,
+}
+
+pub(super) fn run(args: Args) -> Outcome {
+    let config = Config::load(&args.config).map_err(anyhow::Error::from)?;
+    let signals = Signals::install()?;
+    let mut app = App::start(config)?;
+    app.run(&signals, None);
+    app.stop();
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! What the process costs its machine, out of `/proc/self`.
+
+use serde::Serialize;
+
+/// The process and its machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Host {
+    /// Share of one core that the process used over the window, percent.
+    pub cpu_pct: f64,
+    /// Resident memory, megabytes (10⁶ bytes).
+    pub rss_mb: f64,
+    /// Threads.
+    pub threads: u64,
+    /// Open file descriptors.
+    pub fds: u64,
+}
+
+impl Host {
+    /// Reads the figures now. `before` and `window_s` give the window for `cpu_pct`.
+    pub fn read(before_cpu_s: f64, window_s: f64) -> Self {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| -> f64 {
+            let line = status.lines().find_map(|l| l.strip_prefix(name));
+            let number = line.and_then(|l| l.split_whitespace().next());
+            number.and_then(|n| n.parse().ok()).unwrap_or(0.0)
+        };
+        let used = (cpu_seconds() - before_cpu_s).max(0.0);
+        Self {
+            cpu_pct: crate::records::rounded(100.0 * used / window_s.max(1e-3), 1),
+            rss_mb: crate::records::rounded(field("VmRSS:") * 1024.0 / 1e6, 1),
+            threads: field("Threads:") as u64,
+            fds: std::fs::read_dir("/proc/self/fd").map_or(0, |d| d.count() as u64),
+        }
+    }
+}
+
+/// CPU time of all threads of the process so far, seconds.
+pub fn cpu_seconds() -> f64 {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
+    let Ok(usage) = usage else { return 0.0 };
+    let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
+}

@@ -1,0 +1,161 @@
+//! What the worker measures: counters since the start, and a window of latencies that whoever
+//! reports takes and empties.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use crate::records::{Quantiles, Stages, rounded};
+
+/// Latencies are kept in microseconds, up to a minute, to two digits: some 20 KB a camera.
+const LONGEST_US: u64 = 60_000_000;
+
+/// How long one frame was in each stage.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Timing {
+    /// From the decoder to the worker.
+    pub queue: Duration,
+    /// Pixels to tensor.
+    pub preprocess: Duration,
+    /// The model's run.
+    pub inference: Duration,
+    /// Raw output to objects.
+    pub postprocess: Duration,
+}
+
+/// Written by the worker, read by the snapshot. Its lock is held for a few additions.
+pub struct Meter {
+    state: Mutex<State>,
+}
+
+struct State {
+    cameras: Vec<CameraState>,
+    stages: Timing,
+    frames: u64,
+    since: Instant,
+    last_failure: Option<String>,
+}
+
+struct CameraState {
+    records: u64,
+    objects: u64,
+    total_us: Histogram<u32>,
+}
+
+/// One window.
+#[derive(Debug, Clone)]
+pub struct Window {
+    /// Its length.
+    pub length: Duration,
+    /// In the order of the cameras.
+    pub cameras: Vec<CameraWindow>,
+    /// Share of the window in which the worker worked.
+    pub busy: f64,
+    /// Means; `None` = no frame.
+    pub stages: Option<Stages>,
+    /// Of any time, in words.
+    pub last_failure: Option<String>,
+}
+
+/// One camera's share of a window.
+#[derive(Debug, Clone)]
+pub struct CameraWindow {
+    /// Since the start.
+    pub records: u64,
+    /// Since the start.
+    pub objects: u64,
+    /// Frames inferred in the window.
+    pub frames: u64,
+    /// From decoder to record.
+    pub latency: Option<Quantiles>,
+}
+
+impl Meter {
+    /// A meter for so many cameras.
+    pub fn new(cameras: usize) -> Self {
+        let camera = || CameraState {
+            records: 0,
+            objects: 0,
+            total_us: Histogram::new_with_max(LONGEST_US, 2).expect("the bounds are valid"),
+        };
+        let cameras = std::iter::repeat_with(camera).take(cameras).collect();
+        let state = State {
+            cameras,
+            stages: Timing::default(),
+            frames: 0,
+            since: Instant::now(),
+            last_failure: None,
+        };
+        Self { state: Mutex::new(state) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds the meter")
+    }
+
+    /// A frame was inferred.
+    pub fn frame(&self, camera: usize, timing: &Timing, total: Duration) {
+        let mut state = self.state();
+        state.stages.queue += timing.queue;
+        state.stages.preprocess += timing.preprocess;
+        state.stages.inference += timing.inference;
+        state.stages.postprocess += timing.postprocess;
+        state.frames += 1;
+        state.cameras[camera].total_us.saturating_record(total.as_micros() as u64);
+    }
+
+    /// A record was written.
+    pub fn record(&self, camera: usize, objects: usize) {
+        let mut state = self.state();
+        state.cameras[camera].records += 1;
+        state.cameras[camera].objects += objects as u64;
+    }
+
+    /// A frame failed.
+    pub fn failure(&self, camera: &str, why: &str) {
+        self.state().last_failure = Some(format!("camera {camera}: {why}"));
+    }
+
+    /// Ends the window, begins the next and returns what was in it.
+    pub fn take_window(&self) -> Window {
+        let mut state = self.state();
+        let now = Instant::now();
+        let length = now - std::mem::replace(&mut state.since, now);
+        let frames = std::mem::take(&mut state.frames);
+        let stages = std::mem::take(&mut state.stages);
+        let worked = stages.preprocess + stages.inference + stages.postprocess;
+        let mean = |d: Duration| rounded(d.as_secs_f64() * 1e3 / frames as f64, 3);
+        let cameras = state.cameras.iter_mut().map(|camera| {
+            let window = CameraWindow {
+                records: camera.records,
+                objects: camera.objects,
+                frames: camera.total_us.len(),
+                latency: quantiles(&camera.total_us),
+            };
+            camera.total_us.reset();
+            window
+        });
+        Window {
+            length,
+            cameras: cameras.collect(),
+            busy: rounded(worked.as_secs_f64() / length.as_secs_f64().max(1e-6), 3),
+            stages: (frames > 0).then(|| Stages {
+                queue: mean(stages.queue),
+                preprocess: mean(stages.preprocess),
+                inference: mean(stages.inference),
+                postprocess: mean(stages.postprocess),
+            }),
+            last_failure: state.last_failure.clone(),
+        }
+    }
+}
+
+fn quantiles(histogram: &Histogram<u32>) -> Option<Quantiles> {
+    if histogram.is_empty() {
+        return None;
+    }
+    let ms = |us: u64| rounded(us as f64 / 1e3, 2);
+    let at = |q: f64| ms(histogram.value_at_quantile(q));
+    Some(Quantiles { p50: at(0.5), p95: at(0.95), p99: at(0.99), max: ms(histogram.max()) })
+}

@@ -1,0 +1,94 @@
+//! The `net` thread: one current-thread Tokio runtime that runs the link and, where no broker is
+//! configured, the broker inside. Nothing on it may block.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, anyhow};
+use crossbeam_channel::bounded;
+use tracing::error;
+
+use crate::config::{Broker, Config, External};
+use crate::mqtt::board::Board;
+use crate::mqtt::broker::EmbeddedBroker;
+use crate::mqtt::link::{Link, LinkHandle, Settings};
+use crate::mqtt::outbox::Outbox;
+use crate::mqtt::status::LinkStatus;
+use crate::mqtt::topics::Topics;
+use crate::worker::Origin;
+
+/// The running network.
+pub struct Net {
+    thread: JoinHandle<()>,
+    link: LinkHandle,
+    broker: External,
+}
+
+impl Net {
+    /// Starts the thread; returns once the broker inside listens, if there is one.
+    pub fn start(
+        config: &Config,
+        origin: &Origin,
+        topics: &Topics,
+        outbox: Arc<Outbox>,
+        board: Arc<Board>,
+    ) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("the network's runtime can't be built")?;
+        let (origin, topics) = (origin.clone(), topics.clone());
+        let broker = config.mqtt.broker.clone();
+        let (up, started) = bounded(1);
+        let life = async move {
+            let (inside, broker) = match broker {
+                Broker::External(external) => (None, external),
+                Broker::Embedded { port } => match EmbeddedBroker::start(port).await {
+                    Ok((inside, address)) => (Some(inside), EmbeddedBroker::reached_at(address)),
+                    Err(e) => {
+                        let _ = up.send(Err(anyhow!(e)));
+                        return;
+                    }
+                },
+            };
+            let settings = Settings {
+                device: origin.device,
+                boot: origin.boot.into(),
+                topics,
+                broker: broker.clone(),
+                filters: Vec::new(),
+            };
+            let (link, handle) = Link::new(settings, outbox, board);
+            let _ = up.send(Ok((handle, broker)));
+            link.run().await;
+            if let Some(inside) = inside {
+                inside.stop().await;
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("net".into())
+            .spawn(move || runtime.block_on(life))
+            .context("the network's thread can't be started")?;
+        let (link, broker) = started.recv().context("the network's thread ended")??;
+        Ok(Self { thread, link, broker })
+    }
+
+    /// The broker that the link uses.
+    pub fn broker(&self) -> &External {
+        &self.broker
+    }
+
+    /// The link, now.
+    pub fn link_status(&self) -> LinkStatus {
+        self.link.status()
+    }
+
+    /// Delivers what can be delivered within seconds, says goodbye, ends.
+    pub fn stop(self) -> LinkStatus {
+        self.link.stop();
+        if self.thread.join().is_err() {
+            error!("the network ended in a panic");
+        }
+        self.link.status()
+    }
+}

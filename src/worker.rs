@@ -1,0 +1,277 @@
+//! The pinned inference worker: frame → tensor → raw output → detections → record, as one
+//! function ([`Worker::infer`]) read from top to bottom.
+//!
+//! The worker owns nothing slow: it builds no session and drops none, does no I/O and logs nothing
+//! per frame. What it measures goes into the [`Meter`], which others empty once in a while.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::config::{self, Publish};
+use crate::meter::{Meter, Timing};
+use crate::model::engine::{Detection, RunError, Thresholds};
+use crate::model::slot::{Live, Slot};
+use crate::mqtt::outbox::{Outbox, Record};
+use crate::mqtt::topics::Topics;
+use crate::queue::{Drop, Intake, Taken};
+use crate::records::{
+    self, Bounds, Detections, FrameInfo, Latency, ModelRef, Object, Since, rounded,
+};
+use crate::vision::picture::Picture;
+
+/// A record comes at least this often while frames are inferred, with or without objects.
+pub const RECORD_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long the worker waits for a frame before it looks whether it should stop.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Who this box is, in this life of the process.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// Device id.
+    pub device: String,
+    /// 80 random bits for this life of the process, as 16 characters.
+    pub boot: String,
+}
+
+/// What the worker shares with those who start, watch and stop it.
+#[derive(Default)]
+pub struct Pulse {
+    /// Goes up with every frame and every idle wait.
+    pub beats: AtomicU64,
+    /// Set to stop.
+    pub stop: AtomicBool,
+}
+
+/// The worker and all that it holds between two frames.
+pub struct Worker {
+    intake: Arc<Intake>,
+    slot: Arc<Slot>,
+    outbox: Arc<Outbox>,
+    meter: Arc<Meter>,
+    pulse: Arc<Pulse>,
+    origin: Origin,
+    iou: f32,
+    cameras: Vec<Lens>,
+    found: Vec<Detection>,
+}
+
+impl Worker {
+    /// `cameras` in the order of the intake's queues.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        intake: Arc<Intake>,
+        slot: Arc<Slot>,
+        outbox: Arc<Outbox>,
+        meter: Arc<Meter>,
+        pulse: Arc<Pulse>,
+        origin: Origin,
+        topics: &Topics,
+        cameras: &[config::Camera],
+        inference: &config::Inference,
+    ) -> Self {
+        let lens = |c: &config::Camera| Lens::new(c, inference.confidence, topics);
+        let cameras = cameras.iter().map(lens).collect();
+        let iou = inference.iou;
+        Self { intake, slot, outbox, meter, pulse, origin, iou, cameras, found: Vec::new() }
+    }
+
+    /// Serves frames until `pulse.stop` is set.
+    pub fn run(mut self) {
+        while !self.pulse.stop.load(Ordering::Relaxed) {
+            if let Some(taken) = self.intake.take(PATIENCE) {
+                self.infer(taken);
+            }
+            self.pulse.beats.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The path. A frame that leaves it early counts as failed.
+    fn infer(&mut self, taken: Taken) {
+        let started = Instant::now();
+        let Some(live) = self.slot.load() else { return taken.dropped(Drop::NoModel) };
+        let lens = &mut self.cameras[taken.camera];
+        let frame = &taken.frame;
+        let mut runner = live.model.runner();
+
+        let preprocess = |picture: &Picture<'_>| -> Result<_, RunError> {
+            runner.preprocess(picture)?;
+            Ok((picture.width, picture.height))
+        };
+        let size = match frame.with_picture(preprocess) {
+            Ok(Ok(size)) => size,
+            Ok(Err(e)) => return self.meter.failure(lens.fail(), &e.to_string()),
+            Err(e) => return self.meter.failure(lens.fail(), &e.to_string()),
+        };
+        let preprocessed = Instant::now();
+
+        if let Err(e) = runner.run() {
+            return self.meter.failure(lens.fail(), &e.to_string());
+        }
+        let inferred = Instant::now();
+
+        let thresholds = Thresholds { confidence: lens.confidence, iou: self.iou };
+        if let Err(e) = runner.postprocess(&thresholds, &mut self.found) {
+            return self.meter.failure(lens.fail(), &e.to_string());
+        }
+        lens.keep_wanted(&live, &mut self.found);
+        let done = Instant::now();
+        drop(runner);
+
+        let timing = Timing {
+            queue: started - frame.arrived,
+            preprocess: preprocessed - started,
+            inference: inferred - preprocessed,
+            postprocess: done - inferred,
+        };
+        let objects = self.found.len();
+        if lens.is_due(objects, done) {
+            let head =
+                FrameInfo { id: frame.id, pts_ns: frame.pts_ns, width: size.0, height: size.1 };
+            let since = lens.account(frame.id, done);
+            let latency = Latency::from(&timing, frame.arrived.elapsed());
+            let record = lens.record(&self.origin, &live, frame, head, since, latency, &self.found);
+            self.outbox.push(record);
+            self.meter.record(taken.camera, objects);
+        } else {
+            lens.empty += 1;
+        }
+        self.meter.frame(taken.camera, &timing, frame.arrived.elapsed());
+        taken.inferred();
+    }
+}
+
+impl Latency {
+    fn from(timing: &Timing, total: Duration) -> Self {
+        let ms = |d: Duration| rounded(d.as_secs_f64() * 1e3, 3);
+        Self {
+            queue: ms(timing.queue),
+            preprocess: ms(timing.preprocess),
+            inference: ms(timing.inference),
+            postprocess: ms(timing.postprocess),
+            total: ms(total),
+        }
+    }
+}
+
+/// How one camera's frames are looked at and told: its settings, and what was told so far.
+struct Lens {
+    id: Arc<str>,
+    topic: Arc<str>,
+    confidence: f32,
+    publish: Publish,
+    labels: Option<Vec<String>>,
+    /// Class ids of `labels` in the model of this epoch.
+    wanted: Option<(u64, Vec<u32>)>,
+    /// Shortest time between two records with objects.
+    interval: Option<Duration>,
+    seq: u64,
+    /// Frame id that the next record's `since` starts from.
+    next_frame: u64,
+    empty: u64,
+    failed: u64,
+    last_record: Option<Instant>,
+}
+
+impl Lens {
+    fn new(camera: &config::Camera, confidence: f32, topics: &Topics) -> Self {
+        Self {
+            id: camera.id.as_str().into(),
+            topic: topics.detections(&camera.id),
+            confidence: camera.confidence.unwrap_or(confidence),
+            publish: camera.publish,
+            labels: camera.labels.clone(),
+            wanted: None,
+            interval: camera.publish_max_hz.map(|hz| Duration::from_secs_f64(1.0 / hz)),
+            seq: 0,
+            next_frame: 0,
+            empty: 0,
+            failed: 0,
+            last_record: None,
+        }
+    }
+
+    /// Counts a failed frame; returns the camera's id for the message.
+    fn fail(&mut self) -> &Arc<str> {
+        self.failed += 1;
+        &self.id
+    }
+
+    /// Applies `labels`, whose class ids are looked up once per model.
+    fn keep_wanted(&mut self, live: &Live, found: &mut Vec<Detection>) {
+        let Some(labels) = &self.labels else { return };
+        let known = &live.model.contract().labels;
+        if self.wanted.as_ref().is_none_or(|(epoch, _)| *epoch != live.epoch) {
+            let ids = (0u32..).zip(known).filter(|(_, name)| labels.contains(name));
+            self.wanted = Some((live.epoch, ids.map(|(id, _)| id).collect()));
+        }
+        if let Some((_, ids)) = &self.wanted {
+            found.retain(|d| ids.contains(&d.class_id));
+        }
+    }
+
+    /// Whether this frame becomes a record.
+    fn is_due(&self, objects: usize, now: Instant) -> bool {
+        let Some(last) = self.last_record else { return true };
+        let quiet = now - last;
+        if quiet >= RECORD_INTERVAL {
+            return true;
+        }
+        (objects > 0 || self.publish == Publish::All) && self.interval.is_none_or(|i| quiet >= i)
+    }
+
+    /// Accounts for every frame id since the previous record. Frames are inferred in the order of
+    /// their ids, so those below this one that were neither inferred nor failed were dropped.
+    fn account(&mut self, frame: u64, now: Instant) -> Since {
+        let skipped = frame - self.next_frame;
+        let (empty, failed) = (std::mem::take(&mut self.empty), std::mem::take(&mut self.failed));
+        self.next_frame = frame + 1;
+        self.last_record = Some(now);
+        Since { empty, failed, dropped: skipped - empty - failed }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn record(
+        &mut self,
+        origin: &Origin,
+        live: &Live,
+        frame: &crate::camera::frame::Frame,
+        head: FrameInfo,
+        since: Since,
+        latency_ms: Latency,
+        found: &[Detection],
+    ) -> Record {
+        let seq = self.seq;
+        self.seq += 1;
+        let labels = &live.model.contract().labels;
+        let objects = found.iter().map(|d| Object {
+            class_id: d.class_id,
+            label: labels.get(d.class_id as usize).map_or("", String::as_str),
+            score: rounded(f64::from(d.score), 4),
+            bounds: Bounds {
+                x1: rounded(f64::from(d.x1), 5),
+                y1: rounded(f64::from(d.y1), 5),
+                x2: rounded(f64::from(d.x2), 5),
+                y2: rounded(f64::from(d.y2), 5),
+            },
+        });
+        let payload = serde_json::to_vec(&Detections {
+            schema: records::DETECTIONS,
+            device: &origin.device,
+            camera: &self.id,
+            boot: &origin.boot,
+            seq,
+            time: records::rfc3339(frame.time_us),
+            time_us: frame.time_us,
+            clock: frame.clock,
+            frame: head,
+            model: ModelRef { identity: live.model.identity(), epoch: live.epoch },
+            latency_ms,
+            since,
+            objects: objects.collect(),
+        })
+        .expect("numbers, strings and lists always become JSON");
+        Record { camera: Arc::clone(&self.id), seq, topic: Arc::clone(&self.topic), payload }
+    }
+}
