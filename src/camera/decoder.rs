@@ -171,7 +171,8 @@ fn set_up_decoder(element: &gst::Element, watch: &Arc<Watch>, outlet: &Arc<Outle
         if loss.skips(discont, key, Instant::now()) {
             watch.touch();
             (outlet.corrupt)();
-            return gst::PadProbeReturn::Drop;
+            // Taken here. (`Drop` of bindings and library together unrefs a null pointer.)
+            return gst::PadProbeReturn::Handled;
         }
         watch.decoder.entered();
         gst::PadProbeReturn::Ok

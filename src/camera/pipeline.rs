@@ -245,10 +245,25 @@ fn aim(pipeline: &gst::Pipeline, source: &Source) -> Result<(), String> {
             }
             url.password().map_or(Ok(()), |password| set("user-pw", &unescape(password)))
         }
-        Source::File(path) => set("location", &path.to_string_lossy()),
+        Source::File(path) => {
+            set("location", &path.to_string_lossy())?;
+            relink(&element).map_err(|e| e.to_string())
+        }
         Source::V4l2(path) => set("device", &path.to_string_lossy()),
         Source::Test { .. } => Ok(()),
     }
+}
+
+/// Links the source to its successor again: decodebin3 asks at that moment, and only then, whether
+/// it can seek, which a filesrc without a location can't.
+fn relink(source: &gst::Element) -> Result<(), gst::glib::BoolError> {
+    for pad in source.src_pads() {
+        if let Some(peer) = pad.peer() {
+            pad.unlink(&peer)?;
+            pad.link(&peer).map_err(|e| gst::glib::bool_error!("{e}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Undoes percent-encoding; what is no valid escape stays as it is.
