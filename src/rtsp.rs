@@ -12,9 +12,7 @@ use anyhow::{Context as _, bail};
 use gst::glib;
 use gst::prelude::*;
 use gst_rtsp_server::prelude::*;
-use gst_rtsp_server::{
-    RTSPAuth, RTSPFilterResult, RTSPMediaFactory, RTSPServer, RTSPToken, gio,
-};
+use gst_rtsp_server::{RTSPAuth, RTSPFilterResult, RTSPMediaFactory, RTSPServer, RTSPToken, gio};
 
 /// How the server is reached.
 #[derive(Debug, Clone, Default)]
@@ -255,4 +253,3 @@ impl Clip {
         gst_app::AppSrcCallbacks::builder().need_data(need_data).build()
     }
 }
-

@@ -4,9 +4,10 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use noblink::camera::frame::Clock;
+use noblink::camera::probe::probe;
 use noblink::camera::source::Source;
 use noblink::camera::templates::Templates;
-use noblink::camera::{State, Transport};
+use noblink::camera::{Reason, State, Transport};
 use noblink::rtsp::{RtspServer, Settings};
 
 use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, write_clip};
@@ -45,6 +46,23 @@ fn h264_and_h265_stream_over_tcp_by_one_template() {
     }
     rig.ledger(0);
     assert!(rig.stop() < secs(3));
+}
+
+#[test]
+fn a_decoders_frames_are_not_copied() {
+    let server = server();
+    server.mount_launch("/h264", &h264(1280, 720, 20)).unwrap();
+    server.mount_launch("/h265", &h265(1280, 720, 20)).unwrap();
+    let rig =
+        Rig::start(vec![config("a", &server.url("/h264")), config("b", &server.url("/h265"))]);
+    for camera in [0, 1] {
+        for note in rig.until_frames(camera, 10, secs(15)) {
+            // libav decodes into rows of padding; a copy would have the packed layout of the caps,
+            // with the second plane 1280 x 720 bytes after the first.
+            let second_plane = note.layout.expect("the decoder's own layout")[1];
+            assert!(second_plane > 1280 * 720, "{second_plane}");
+        }
+    }
 }
 
 #[test]
@@ -104,8 +122,7 @@ fn a_camera_that_was_killed_comes_back_and_the_others_do_not_notice() {
     let second = server();
     second.mount_clip("/clip", &clip(), true).unwrap();
     let port = first.port();
-    let rig =
-        Rig::start(vec![config("a", &first.url("/clip")), config("b", &second.url("/clip"))]);
+    let rig = Rig::start(vec![config("a", &first.url("/clip")), config("b", &second.url("/clip"))]);
     rig.until_more(0, 10, secs(15));
     rig.until_more(1, 10, secs(15));
 
@@ -386,4 +403,48 @@ fn credentials_stand_nowhere() {
     let source = Source::parse("rtsp://admin:secret@10.0.0.7/stream?token=secret").unwrap();
     assert!(!format!("{source} {source:?}").contains("secret"));
     assert!(!format!("{:?}", config("a", "rtsp://admin:secret@10.0.0.7/x")).contains("secret"));
+}
+
+#[test]
+fn a_probe_says_what_a_camera_sends() {
+    let server = server();
+    server.mount_launch("/h264", &h264(1280, 720, 20)).unwrap();
+    let url = server.url("/h264");
+    let source = Source::parse(&url).unwrap();
+    let began = Instant::now();
+    let report = probe(&source, "rtsp", &Templates::default(), secs(10)).unwrap();
+    assert!(began.elapsed() < secs(12));
+    println!("{}", serde_json::to_string_pretty(&report).unwrap());
+    assert_eq!(report.codec.as_deref(), Some("H.264"));
+    assert_eq!((report.width, report.height, &*report.format), (1280, 720, "I420"));
+    assert_eq!(report.fps_declared, Some(20.0));
+    assert!(report.fps_measured.is_some_and(|fps| (18.0..22.0).contains(&fps)));
+    assert_eq!((report.transport, report.sender_reports), (Some(Transport::Tcp), true));
+    assert!(report.decode_ms.is_some_and(|ms| ms > 0.0 && ms < 100.0));
+    let jpeg = report.jpeg.expect("jpegenc is installed");
+    assert!(jpeg.starts_with(&[0xff, 0xd8]) && jpeg.ends_with(&[0xff, 0xd9]), "{}", jpeg.len());
+    let config = format!("[device]\nid=\"x\"\n[mqtt]\nembedded=true\n{}", report.config);
+    let config = noblink::config::Config::parse(&config, std::path::Path::new("/")).unwrap();
+    assert_eq!((&config.cameras[0].source, &*config.cameras[0].pipeline), (&source, "rtsp"));
+}
+
+#[test]
+fn a_probe_names_what_is_wrong() {
+    let login = Some(("admin".to_owned(), "secret".to_owned()));
+    let server = RtspServer::start(&Settings { login, ..Settings::default() }).unwrap();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    let port = server.port();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for (url, wanted) in [
+        (format!("rtsp://a:b@127.0.0.1:{port}/clip"), Reason::WrongLogin),
+        (format!("rtsp://127.0.0.1:{port}/clip"), Reason::NoLogin),
+        (format!("rtsp://admin:secret@127.0.0.1:{port}/x"), Reason::NoSuchPath("/x".into())),
+        (format!("rtsp://{closed}/x"), Reason::Refused(closed.to_string())),
+        ("rtsp://no-such.invalid/x".into(), Reason::Unresolved("no-such.invalid".into())),
+        ("file:///no/such.mp4".into(), Reason::NoSuchFile("file:///no/such.mp4".into())),
+    ] {
+        let source = Source::parse(&url).unwrap();
+        let found = probe(&source, source.default_pipeline(), &Templates::default(), secs(8));
+        assert_eq!(found.map(|_| ()), Err(wanted), "{url}");
+    }
 }

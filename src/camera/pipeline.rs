@@ -33,10 +33,13 @@ pub(super) enum Event {
     Failed(Failure),
 }
 
+/// Takes a frame; `false` stops the stream.
+pub(super) type Taker = dyn Fn(Arrival, &Watch) -> bool + Send + Sync;
+
 /// Where an attempt's frames go.
 pub(super) struct Outlet {
-    /// Takes a frame; `false` stops the stream.
-    pub(super) frame: Box<dyn Fn(Arrival, &Watch) -> bool + Send + Sync>,
+    /// Takes the frames.
+    pub(super) frame: Box<Taker>,
     /// A frame was damaged, or useless because one before it was lost.
     pub(super) corrupt: Box<dyn Fn() + Send + Sync>,
 }
@@ -135,7 +138,9 @@ impl Pipeline {
         let text = fill(text, source);
         // Costs nothing while the decoder's own format is one of the three: it passes buffers and
         // allocation queries through then. It converts 10 bit, 4:2:2 and the like.
-        let text = format!("{text} ! videoconvert name={CONVERT} n-threads=1 qos=false ! appsink name={SINK}");
+        let text = format!(
+            "{text} ! videoconvert name={CONVERT} n-threads=1 qos=false ! appsink name={SINK}"
+        );
         let flags = gst::ParseFlags::FATAL_ERRORS;
         let parsed = gst::parse::launch_full(&text, None, flags).map_err(|e| e.to_string())?;
         let Ok(pipeline) = parsed.downcast::<gst::Pipeline>() else {
@@ -222,8 +227,9 @@ fn aim(pipeline: &gst::Pipeline, source: &Source) -> Result<(), String> {
     }
     let element = pipeline.by_name("source");
     let element = element.ok_or("the template has no element with name=source")?;
-    let set = |property: &str, value: &str| {
-        match element.find_property(property).map(|p| p.value_type()) {
+    let set =
+        |property: &str, value: &str| match element.find_property(property).map(|p| p.value_type())
+        {
             Some(gst::glib::Type::STRING) => {
                 element.set_property(property, value);
                 Ok(())
@@ -231,8 +237,7 @@ fn aim(pipeline: &gst::Pipeline, source: &Source) -> Result<(), String> {
             _ => Err(format!(
                 "the template's source has no text property {property}, which {source} needs"
             )),
-        }
-    };
+        };
     match source {
         Source::Rtsp(url) => {
             // The login goes in by itself: no error message of rtspsrc's can hold it then.
@@ -386,9 +391,13 @@ mod tests {
 
     #[test]
     fn passwords_are_unescaped() {
-        for (escaped, plain) in
-            [("p%40ss", "p@ss"), ("100%", "100%"), ("%zz%2", "%zz%2"), ("a+b", "a+b"), ("%C3%A4", "ä")]
-        {
+        for (escaped, plain) in [
+            ("p%40ss", "p@ss"),
+            ("100%", "100%"),
+            ("%zz%2", "%zz%2"),
+            ("a+b", "a+b"),
+            ("%C3%A4", "ä"),
+        ] {
             assert_eq!(unescape(escaped), plain);
         }
     }

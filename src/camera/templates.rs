@@ -33,7 +33,9 @@ pub struct Templates {
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
     /// No folder has it, nor the program.
-    #[error("no pipeline \"{name}\": looked for {name}.launch in {looked}; built in are {built_in}")]
+    #[error(
+        "no pipeline \"{name}\": looked for {name}.launch in {looked}; built in are {built_in}"
+    )]
     Missing {
         /// As it was asked for.
         name: String,
