@@ -118,6 +118,8 @@ struct Books {
     /// Since when the worker has not found the queue empty.
     busy_since: Option<Instant>,
     overloaded: bool,
+    /// The source waits for room: its queue is full all the time, and that is no overload.
+    patient: bool,
     closed: bool,
 }
 
@@ -169,6 +171,7 @@ impl Inlet {
     /// `false` once `close` was called or `keep_waiting` says no (asked every 50 ms at least).
     pub fn offer_waiting(&self, arrival: Arrival, keep_waiting: impl Fn() -> bool) -> bool {
         let mut books = self.lane.books();
+        books.patient = true;
         while self.lane.sender.is_full() && !books.closed && keep_waiting() {
             let wait = self.lane.room.wait_timeout(books, Duration::from_millis(50));
             books = wait.expect("nothing panics while it holds a camera's books").0;
@@ -311,6 +314,7 @@ pub fn build(cameras: &[LaneSettings]) -> (Arc<Intake>, Vec<Inlet>) {
                 next_due: None,
                 busy_since: None,
                 overloaded: false,
+                patient: false,
                 closed: false,
             }),
             room: Condvar::new(),
@@ -348,7 +352,8 @@ impl Intake {
                 books.overloaded = false;
             } else {
                 let since = *books.busy_since.get_or_insert(now);
-                books.overloaded |= now.duration_since(since) >= OVERLOADED_AFTER;
+                let overloaded = now.duration_since(since) >= OVERLOADED_AFTER;
+                books.overloaded |= overloaded && !books.patient;
                 found = found.or(Some((position, camera)));
             }
         }

@@ -77,7 +77,7 @@ impl RtspServer {
             context,
             main_loop,
             thread: Some(thread),
-            guarded: settings.login.is_some(),
+            guarded: settings.login.is_some() || settings.tls_pem.is_some(),
             scheme: if settings.tls_pem.is_some() { "rtsps" } else { "rtsp" },
             port,
         })

@@ -4,9 +4,10 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use noblink::camera::frame::Clock;
+use noblink::camera::probe::probe;
 use noblink::camera::source::Source;
 use noblink::camera::templates::Templates;
-use noblink::camera::{State, Transport};
+use noblink::camera::{Reason, State, Transport};
 use noblink::rtsp::{RtspServer, Settings};
 
 use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, write_clip};
@@ -45,6 +46,23 @@ fn h264_and_h265_stream_over_tcp_by_one_template() {
     }
     rig.ledger(0);
     assert!(rig.stop() < secs(3));
+}
+
+#[test]
+fn a_decoders_frames_are_not_copied() {
+    let server = server();
+    server.mount_launch("/h264", &h264(1280, 720, 20)).unwrap();
+    server.mount_launch("/h265", &h265(1280, 720, 20)).unwrap();
+    let rig =
+        Rig::start(vec![config("a", &server.url("/h264")), config("b", &server.url("/h265"))]);
+    for camera in [0, 1] {
+        for note in rig.until_frames(camera, 10, secs(15)) {
+            // libav decodes into rows of padding; a copy would have the packed layout of the caps,
+            // with the second plane 1280 x 720 bytes after the first.
+            let second_plane = note.layout.expect("the decoder's own layout")[1];
+            assert!(second_plane > 1280 * 720, "{second_plane}");
+        }
+    }
 }
 
 #[test]
@@ -95,4 +113,338 @@ fn the_capture_time_is_the_senders_from_its_first_report_on() {
     // Both ends are this machine: what is left is the jitter buffer and the way.
     let offset_ms = rig.cameras[0].status().clock_offset_ms.expect("known from the report");
     assert!((-2000..=50).contains(&offset_ms), "{offset_ms} ms");
+}
+
+#[test]
+fn a_camera_that_was_killed_comes_back_and_the_others_do_not_notice() {
+    let first = server();
+    first.mount_clip("/clip", &clip(), true).unwrap();
+    let second = server();
+    second.mount_clip("/clip", &clip(), true).unwrap();
+    let port = first.port();
+    let rig = Rig::start(vec![config("a", &first.url("/clip")), config("b", &second.url("/clip"))]);
+    rig.until_more(0, 10, secs(15));
+    rig.until_more(1, 10, secs(15));
+
+    first.stop();
+    let status = rig.until(0, secs(5), |s| s.state == State::Backoff);
+    let reason = status.reason.clone().expect("a reason stands with every back-off");
+    assert!(reason.contains("refused") || reason.contains("ended"), "{reason}");
+    assert!(status.retry_in_s.is_some_and(|s| s <= 1.5), "{status:?}");
+    rig.until(0, secs(5), |s| s.attempt >= 2 && s.state == State::Backoff);
+    let reason = rig.cameras[0].status().reason.expect("a reason");
+    assert!(reason.starts_with(&format!("connection refused by 127.0.0.1:{port}")), "{reason}");
+
+    let back = RtspServer::start(&Settings { port, ..Settings::default() }).unwrap();
+    back.mount_clip("/clip", &clip(), true).unwrap();
+    let wait = rig.cameras[0].status().retry_in_s.unwrap_or(0.0);
+    let within = Duration::from_secs_f64(wait) + secs(5);
+    let status = rig.until_streaming(0, within);
+    assert_eq!((status.connects, status.reason, status.leaked_pipelines), (2, None, 0));
+    consecutive(&rig.until_more(0, 10, secs(5)));
+
+    let others = rig.notes(1);
+    consecutive(&others);
+    let gap = others.windows(2).map(|p| p[1].pts_ns.unwrap() - p[0].pts_ns.unwrap()).max();
+    assert!(gap.unwrap() < 150_000_000, "the other camera has a gap of {gap:?} ns");
+    assert_eq!(rig.ledger(1).dropped.total(), 0);
+}
+
+#[test]
+fn a_camera_that_is_down_at_the_start_streams_once_it_is_up() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let rig = Rig::start(vec![config("a", &format!("rtsp://127.0.0.1:{port}/clip"))]);
+    let status = rig.until(0, secs(10), |s| s.state == State::Backoff);
+    assert!(status.reason.is_some_and(|r| r.starts_with("connection refused")));
+    let server = RtspServer::start(&Settings { port, ..Settings::default() }).unwrap();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    rig.until_frames(0, 5, secs(12));
+}
+
+#[test]
+fn refusals_are_named_and_hold_no_password() {
+    let login = Some(("admin".to_owned(), "p@ss/word".to_owned()));
+    let server = RtspServer::start(&Settings { login, ..Settings::default() }).unwrap();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    let port = server.port();
+    let at = |login: &str, path: &str| format!("rtsp://{login}127.0.0.1:{port}{path}");
+    let rig = Rig::start(vec![
+        config("right", &at("admin:p%40ss%2Fword@", "/clip")),
+        config("wrong", &at("admin:secret@", "/clip")),
+        config("none", &at("", "/clip")),
+        config("path", &at("admin:p%40ss%2Fword@", "/other?token=secret")),
+        config("host", "rtsp://admin:secret@no-such-camera.invalid/clip"),
+    ]);
+    for (camera, start) in [
+        (1, "wrong user name or password (RTSP 401)"),
+        (2, "the camera wants a login (RTSP 401): write rtsp://user:password@host/path"),
+        (3, "no such path on the camera: /other (RTSP 404)"),
+        (4, "the host name no-such-camera.invalid does not resolve"),
+    ] {
+        let status = rig.until(camera, secs(15), |s| s.state == State::Backoff);
+        let reason = status.reason.expect("a reason stands with every back-off");
+        assert!(reason.starts_with(start), "{reason}");
+        assert!(!reason.contains("secret") && !reason.contains("p@ss"), "{reason}");
+    }
+    rig.until_frames(0, 5, secs(10));
+}
+
+const SELF_SIGNED: &str = include_str!("data/self-signed.pem");
+
+#[test]
+fn rtsps_checks_the_certificate_unless_told_otherwise() {
+    let tls_pem = Some(SELF_SIGNED.to_owned());
+    let server = RtspServer::start(&Settings { tls_pem, ..Settings::default() }).unwrap();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    let strict = config("strict", &server.url("/clip"));
+    let mut lax = config("lax", &server.url("/clip"));
+    lax.pipeline = "rtsp-selfsigned".into();
+    let rig = Rig::start(vec![strict, lax]);
+    rig.until_frames(1, 10, secs(15));
+    let stream = rig.cameras[1].status().stream.expect("it streams");
+    assert_eq!(stream.transport, Some(Transport::Tls));
+    let status = rig.until(0, secs(15), |s| s.state == State::Backoff);
+    let reason = status.reason.expect("a reason stands with every back-off");
+    assert!(reason.starts_with("TLS: ") && reason.contains("rtsp-selfsigned"), "{reason}");
+    assert_eq!(rig.notes(0).len(), 0);
+}
+
+#[test]
+fn a_server_that_says_nothing_is_given_up_and_holds_nobody_up() {
+    let deaf = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = deaf.local_addr().unwrap().port();
+    let url = format!("rtsp://127.0.0.1:{port}/clip");
+    let rig = Rig::start((0..4).map(|n| config(&format!("c{n}"), &url)).collect());
+    // While it is still trying, and a second time after it gave up once.
+    rig.until(0, secs(3), |s| s.state == State::Connecting);
+    let status = rig.until(0, secs(17), |s| s.state == State::Backoff);
+    let reason = status.reason.expect("a reason stands with every back-off");
+    assert!(reason.contains("does not answer RTSP"), "{reason}");
+    rig.until(0, secs(3), |s| s.state == State::Connecting);
+    let before = rig.cameras[0].heartbeat();
+    let took = rig.stop();
+    assert!(took <= secs(3) && before > 0, "{took:?}");
+}
+
+#[test]
+fn silence_on_an_open_connection_is_a_stall() {
+    let server = server();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    let wire = Wire::to(server.port());
+    let mut camera = config("a", &format!("rtsp://127.0.0.1:{}/clip", wire.port));
+    camera.stall_timeout_s = 1.0;
+    let rig = Rig::start(vec![camera]);
+    rig.until_more(0, 10, secs(15));
+    wire.freeze(true);
+    let frozen = Instant::now();
+    let reason = "no frame for 1.0 s";
+    let status = rig.until(0, secs(6), |s| s.reason.as_deref() == Some(reason));
+    assert!(matches!(status.state, State::Stalled | State::Backoff), "{status:?}");
+    let noticed = frozen.elapsed();
+    assert!((0.8..3.0).contains(&noticed.as_secs_f64()), "{noticed:?}");
+    rig.until(0, secs(5), |s| s.state == State::Backoff);
+    wire.freeze(false);
+    rig.until_streaming(0, secs(10));
+    consecutive(&rig.until_more(0, 10, secs(5)));
+}
+
+#[test]
+fn a_camera_that_ends_its_stream_is_asked_again() {
+    let server = server();
+    server.mount_clip("/once", &clip(), false).unwrap();
+    let rig = Rig::start(vec![config("a", &server.url("/once"))]);
+    rig.until_more(0, 10, secs(15));
+    let status = rig.until(0, secs(10), |s| s.state == State::Backoff);
+    assert!(status.reason.is_some(), "{status:?}");
+    consecutive(&rig.until_more(0, 10, secs(10)));
+    assert_eq!(rig.cameras[0].status().connects, 2);
+}
+
+#[test]
+fn a_camera_is_switched_off_and_on() {
+    let rig = Rig::start(vec![config("a", "test://?width=320&height=240&fps=20")]);
+    rig.until_frames(0, 5, secs(10));
+    rig.cameras[0].set_enabled(false);
+    rig.until(0, secs(3), |s| s.state == State::Disabled);
+    let count = rig.ledger(0).offered;
+    rig.cameras[0].set_enabled(true);
+    rig.until_streaming(0, secs(5));
+    assert!(rig.cameras[0].status().connects == 2 && rig.ledger(0).offered > count);
+    consecutive(&rig.until_more(0, 5, secs(5)));
+}
+
+#[test]
+fn a_file_is_played_at_its_pace_to_its_end() {
+    let rig = Rig::start(vec![config("a", &file_url(&clip()))]);
+    let status = rig.until(0, secs(15), |s| s.state == State::Ended);
+    assert_eq!((status.connects, status.reason), (1, None));
+    let notes = rig.until_frames(0, 40, secs(1));
+    consecutive(&notes);
+    assert_eq!(notes.len(), 40);
+    assert_eq!(notes[0].pts_ns, Some(0));
+    let took = notes[39].arrived.duration_since(notes[0].arrived).as_secs_f64();
+    assert!((1.7..3.0).contains(&took), "40 frames at 20 a second took {took} s");
+    let status = rig.cameras[0].status();
+    assert_eq!(status.clock, Some(Clock::Arrival));
+    assert_eq!(status.stream.and_then(|s| s.transport), None);
+}
+
+#[test]
+fn a_looped_file_runs_on() {
+    let mut camera = config("a", &file_url(&clip()));
+    (camera.realtime, camera.repeat) = (false, true);
+    let rig = Rig::start(vec![camera]);
+    let notes = rig.until_frames(0, 100, secs(15));
+    consecutive(&notes);
+    assert_eq!(notes.iter().filter(|n| n.pts_ns == Some(0)).count(), notes.len().div_ceil(40));
+    let status = rig.cameras[0].status();
+    assert_eq!((status.state, status.connects), (State::Streaming, 1));
+}
+
+#[test]
+fn a_file_without_realtime_waits_for_a_slow_consumer() {
+    let mut camera = config("a", &file_url(&clip()));
+    (camera.realtime, camera.stall_timeout_s) = (false, 1.0);
+    // 40 frames take 4 s, four times the stall timeout; the queue holds 4.
+    let rig = Rig::start_with(vec![camera], Templates::default(), Duration::from_millis(100));
+    rig.until(0, secs(15), |s| s.state == State::Ended);
+    let notes = rig.until_frames(0, 40, secs(5));
+    assert_eq!(notes.len(), 40);
+    consecutive(&notes);
+    assert_eq!(rig.ledger(0).dropped.total(), 0);
+}
+
+#[test]
+fn a_file_that_waits_for_room_stops_at_once() {
+    let mut camera = config("a", &file_url(&clip()));
+    (camera.realtime, camera.queue) = (false, 1);
+    let rig = Rig::start_with(vec![camera], Templates::default(), secs(2));
+    rig.until(0, secs(10), |_| rig.ledger(0).queued == 1);
+    let took = rig.stop();
+    assert!(took < secs(1), "{took:?}");
+}
+
+#[test]
+fn the_resolution_may_change_in_mid_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    // Quotes and launch syntax in a name are a name.
+    let joined = dir.path().join("a \"b\" ! fakesink c.h264");
+    let mut bytes = Vec::new();
+    for size in [(640, 360), (320, 240), (1280, 720)] {
+        let part = dir.path().join(format!("{}.h264", size.0));
+        write_clip(&part, size, 20, 10);
+        bytes.extend(std::fs::read(part).unwrap());
+    }
+    std::fs::write(&joined, bytes).unwrap();
+    let mut camera = config("a", &file_url(&joined));
+    camera.realtime = false;
+    let rig = Rig::start(vec![camera]);
+    rig.until(0, secs(15), |s| s.state == State::Ended);
+    let notes = rig.until_frames(0, 30, secs(2));
+    let sizes: Vec<_> = notes.iter().map(|n| n.size).collect();
+    assert_eq!(sizes[..10], [(640, 360); 10]);
+    assert_eq!(sizes[10..20], [(320, 240); 10]);
+    assert_eq!(sizes[20..], [(1280, 720); 10]);
+}
+
+#[test]
+fn what_no_file_holds_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("text.mp4");
+    std::fs::write(&text, "no video at all\n".repeat(100)).unwrap();
+    let mut strange = config("c", &file_url(&clip()));
+    strange.pipeline = "my-camera".into();
+    let templates = Templates { dirs: vec![dir.path().to_owned()] };
+    let rig = Rig::start_with(
+        vec![config("a", "file:///no/such/clip.mp4"), config("b", &file_url(&text)), strange],
+        templates,
+        Duration::ZERO,
+    );
+    for (camera, part) in [
+        (0, "file:///no/such/clip.mp4 does not exist"),
+        (1, ""),
+        (2, "looked for my-camera.launch in"),
+    ] {
+        let status = rig.until(camera, secs(10), |s| s.state == State::Backoff);
+        let reason = status.reason.expect("a reason stands with every back-off");
+        println!("{reason}");
+        assert!(reason.contains(part), "{reason}");
+    }
+    // The template appears: the next attempt takes it.
+    std::fs::write(
+        dir.path().join("my-camera.launch"),
+        "# mine\nfilesrc name=source ! qtdemux ! h264parse\n! avdec_h264",
+    )
+    .unwrap();
+    rig.until_frames(2, 5, secs(10));
+}
+
+#[test]
+fn frames_after_a_loss_are_counted_and_left_out_until_the_next_key_frame() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("lossy.launch"),
+        "filesrc name=source ! qtdemux ! h264parse ! identity drop-probability=0.08 ! avdec_h264",
+    )
+    .unwrap();
+    let mut camera = config("a", &file_url(&clip()));
+    (camera.realtime, camera.pipeline) = (false, "lossy".into());
+    camera.repeat = true;
+    let templates = Templates { dirs: vec![dir.path().to_owned()] };
+    let rig = Rig::start_with(vec![camera], templates, Duration::ZERO);
+    rig.until(0, secs(15), |_| rig.ledger(0).corrupt > 20);
+    consecutive(&rig.notes(0));
+}
+
+#[test]
+fn credentials_stand_nowhere() {
+    let source = Source::parse("rtsp://admin:secret@10.0.0.7/stream?token=secret").unwrap();
+    assert!(!format!("{source} {source:?}").contains("secret"));
+    assert!(!format!("{:?}", config("a", "rtsp://admin:secret@10.0.0.7/x")).contains("secret"));
+}
+
+#[test]
+fn a_probe_says_what_a_camera_sends() {
+    let server = server();
+    server.mount_launch("/h264", &h264(1280, 720, 20)).unwrap();
+    let url = server.url("/h264");
+    let source = Source::parse(&url).unwrap();
+    let began = Instant::now();
+    let report = probe(&source, "rtsp", &Templates::default(), secs(10)).unwrap();
+    assert!(began.elapsed() < secs(12));
+    println!("{}", serde_json::to_string_pretty(&report).unwrap());
+    assert_eq!(report.codec.as_deref(), Some("H.264"));
+    assert_eq!((report.width, report.height, &*report.format), (1280, 720, "I420"));
+    assert_eq!(report.fps_declared, Some(20.0));
+    assert!(report.fps_measured.is_some_and(|fps| (18.0..22.0).contains(&fps)));
+    assert_eq!((report.transport, report.sender_reports), (Some(Transport::Tcp), true));
+    assert!(report.decode_ms.is_some_and(|ms| ms > 0.0 && ms < 100.0));
+    let jpeg = report.jpeg.expect("jpegenc is installed");
+    assert!(jpeg.starts_with(&[0xff, 0xd8]) && jpeg.ends_with(&[0xff, 0xd9]), "{}", jpeg.len());
+    let config = format!("[device]\nid=\"x\"\n[mqtt]\nembedded=true\n{}", report.config);
+    let config = noblink::config::Config::parse(&config, std::path::Path::new("/")).unwrap();
+    assert_eq!((&config.cameras[0].source, &*config.cameras[0].pipeline), (&source, "rtsp"));
+}
+
+#[test]
+fn a_probe_names_what_is_wrong() {
+    let login = Some(("admin".to_owned(), "secret".to_owned()));
+    let server = RtspServer::start(&Settings { login, ..Settings::default() }).unwrap();
+    server.mount_clip("/clip", &clip(), true).unwrap();
+    let port = server.port();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for (url, wanted) in [
+        (format!("rtsp://a:b@127.0.0.1:{port}/clip"), Reason::WrongLogin),
+        (format!("rtsp://127.0.0.1:{port}/clip"), Reason::NoLogin),
+        (format!("rtsp://admin:secret@127.0.0.1:{port}/x"), Reason::NoSuchPath("/x".into())),
+        (format!("rtsp://{closed}/x"), Reason::Refused(closed.to_string())),
+        ("rtsp://no-such.invalid/x".into(), Reason::Unresolved("no-such.invalid".into())),
+        ("file:///no/such.mp4".into(), Reason::NoSuchFile("file:///no/such.mp4".into())),
+    ] {
+        let source = Source::parse(&url).unwrap();
+        let found = probe(&source, source.default_pipeline(), &Templates::default(), secs(8));
+        assert_eq!(found.map(|_| ()), Err(wanted), "{url}");
+    }
 }

@@ -45,17 +45,34 @@ pub(super) fn capture(ntp_us: Option<i64>, arrived_us: i64) -> Capture {
     }
 }
 
-/// The sender's clock on a buffer, in microseconds since 1970.
+/// The sender's clock on a buffer, in microseconds since 1970. It survives depayloader, parser and
+/// libav's decoders in GStreamer 1.22, but rtph264depay adds the previous picture's before the
+/// picture's own: the last one counts.
 pub(super) fn ntp_us(buffer: &gst::BufferRef) -> Option<i64> {
-    let meta = buffer.iter_meta::<gst::ReferenceTimestampMeta>().find(|meta| {
+    let of_sender = |meta: &gst::MetaRef<'_, gst::ReferenceTimestampMeta>| {
         meta.reference().structure(0).is_some_and(|s| s.name() == "timestamp/x-ntp")
-    })?;
+    };
+    let meta = buffer.iter_meta::<gst::ReferenceTimestampMeta>().filter(of_sender).last()?;
     Some((meta.timestamp().nseconds() / 1000) as i64 - NTP_TO_UNIX_S * 1_000_000)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_report_on_a_buffer_is_its_own() {
+        gst::init().unwrap();
+        let mut buffer = gst::Buffer::new();
+        let ntp = gst::Caps::new_empty_simple("timestamp/x-ntp");
+        let unix = gst::Caps::new_empty_simple("timestamp/x-unix");
+        for (caps, unix_s) in [(&ntp, 1), (&ntp, 2), (&unix, 3)] {
+            let time = gst::ClockTime::from_seconds(NTP_TO_UNIX_S as u64 + unix_s);
+            let buffer = buffer.get_mut().expect("the only owner");
+            gst::ReferenceTimestampMeta::add(buffer, caps, time, None);
+        }
+        assert_eq!(ntp_us(&buffer), Some(2_000_000));
+    }
 
     #[test]
     fn a_camera_is_believed_within_ten_seconds() {

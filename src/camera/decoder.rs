@@ -7,8 +7,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::{TimeVal, TimeValLike as _};
+use nix::time::{ClockId, clock_gettime};
 
 use super::pipeline::{Outlet, Watch};
 
@@ -33,11 +32,9 @@ struct Cost {
     frames: Vec<Duration>,
 }
 
-/// CPU time of the calling thread.
+/// CPU time of the calling thread. Not getrusage, which counts in ticks of up to 10 ms.
 fn thread_cpu() -> Option<Duration> {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD).ok()?;
-    let of = |t: TimeVal| Duration::from_micros(t.num_microseconds().unsigned_abs());
-    Some(of(usage.user_time()) + of(usage.system_time()))
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok().map(Duration::from)
 }
 
 /// Whether frames are useless because one that they build on is missing.
@@ -171,7 +168,8 @@ fn set_up_decoder(element: &gst::Element, watch: &Arc<Watch>, outlet: &Arc<Outle
         if loss.skips(discont, key, Instant::now()) {
             watch.touch();
             (outlet.corrupt)();
-            return gst::PadProbeReturn::Drop;
+            // Taken here. (`Drop` of bindings and library together unrefs a null pointer.)
+            return gst::PadProbeReturn::Handled;
         }
         watch.decoder.entered();
         gst::PadProbeReturn::Ok

@@ -7,7 +7,10 @@
 mod clock;
 mod decoder;
 pub mod frame;
+pub mod jpeg;
+mod keeper;
 mod pipeline;
+pub mod probe;
 mod reason;
 pub mod source;
 mod status;
@@ -23,9 +26,9 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use clock::PLAUSIBLE;
+pub use keeper::DISMANTLE_WITHIN;
 pub use reason::Reason;
 pub use status::{CameraStatus, State, Stream, Transport};
-pub use supervisor::DISMANTLE_WITHIN;
 use supervisor::{Shared, Supervisor};
 use templates::Templates;
 

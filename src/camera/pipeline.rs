@@ -33,10 +33,13 @@ pub(super) enum Event {
     Failed(Failure),
 }
 
+/// Takes a frame; `false` stops the stream.
+pub(super) type Taker = dyn Fn(Arrival, &Watch) -> bool + Send + Sync;
+
 /// Where an attempt's frames go.
 pub(super) struct Outlet {
-    /// Takes a frame; `false` stops the stream.
-    pub(super) frame: Box<dyn Fn(Arrival, &Watch) -> bool + Send + Sync>,
+    /// Takes the frames.
+    pub(super) frame: Box<Taker>,
     /// A frame was damaged, or useless because one before it was lost.
     pub(super) corrupt: Box<dyn Fn() + Send + Sync>,
 }
@@ -247,10 +250,25 @@ fn aim(pipeline: &gst::Pipeline, source: &Source) -> Result<(), String> {
             }
             url.password().map_or(Ok(()), |password| set("user-pw", &unescape(password)))
         }
-        Source::File(path) => set("location", &path.to_string_lossy()),
+        Source::File(path) => {
+            set("location", &path.to_string_lossy())?;
+            relink(&element).map_err(|e| e.to_string())
+        }
         Source::V4l2(path) => set("device", &path.to_string_lossy()),
         Source::Test { .. } => Ok(()),
     }
+}
+
+/// Links the source to its successor again: decodebin3 asks at that moment, and only then, whether
+/// it can seek, which a filesrc without a location can't.
+fn relink(source: &gst::Element) -> Result<(), gst::glib::BoolError> {
+    for pad in source.src_pads() {
+        if let Some(peer) = pad.peer() {
+            pad.unlink(&peer)?;
+            pad.link(&peer).map_err(|e| gst::glib::bool_error!("{e}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Undoes percent-encoding; what is no valid escape stays as it is.

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use gst::{CoreError, ResourceError, StreamError};
 use url::Url;
 
@@ -126,10 +127,10 @@ impl Failure {
             (Kind::Missing, Source::Rtsp(url)) => Some(Reason::NoSuchPath(url.path().to_owned())),
             (Kind::Missing, other) => Some(Reason::NoSuchFile(other.to_string())),
             (Kind::Codec, _) => Some(Reason::Codec(said)),
-            (Kind::Transport, Source::Rtsp(_)) => match self.details.split_once("response: ") {
-                Some((_, status)) => Some(Reason::Refusal(status.trim_end_matches('.').to_owned())),
-                None => None,
-            },
+            (Kind::Transport, Source::Rtsp(_)) => {
+                let (_, status) = self.details.split_once("response: ")?;
+                Some(Reason::Refusal(status.trim_end_matches('.').to_owned()))
+            }
             _ => Some(Reason::Other(said)),
         }
     }
@@ -138,9 +139,21 @@ impl Failure {
 /// How long a connection may take to be accepted.
 const CONNECT_WITHIN: Duration = Duration::from_millis(1_500);
 
-/// Finds out why an RTSP source can't be reached, which rtspsrc does not tell: connects once. Name
-/// resolution may take many seconds.
-pub(super) fn diagnose(url: &Url) -> Reason {
+/// Finds out why an RTSP source can't be reached, which rtspsrc does not tell, on a thread of its
+/// own: resolving a name may take longer than anyone waits.
+pub(super) fn ask(url: &Url, give_up_at: Instant) -> Reason {
+    let (answer, answered) = bounded(1);
+    let asked = url.clone();
+    // Nobody joins it: it ends by itself when the resolver gives up.
+    let asking = std::thread::Builder::new()
+        .name("ask".into())
+        .spawn(move || answer.try_send(diagnose(&asked)));
+    let found = asking.ok().and_then(|_| answered.recv_deadline(give_up_at).ok());
+    found.unwrap_or_else(|| Reason::Unresolved(url.host_str().unwrap_or_default().to_owned()))
+}
+
+/// Connects once.
+fn diagnose(url: &Url) -> Reason {
     let host = url.host_str().unwrap_or_default();
     let secure = url.scheme() == "rtsps";
     let port = url.port().unwrap_or(if secure { 322 } else { 554 });

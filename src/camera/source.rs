@@ -62,6 +62,18 @@ impl Source {
         }
     }
 
+    /// The URL with its login, for the configuration.
+    pub(crate) fn reveal(&self) -> String {
+        match self {
+            Self::Rtsp(url) => url.to_string(),
+            Self::File(path) => match Url::from_file_path(path) {
+                Ok(url) => url.to_string(),
+                Err(()) => self.to_string(),
+            },
+            Self::V4l2(_) | Self::Test { .. } => self.to_string(),
+        }
+    }
+
     /// The template in `pipelines/` that fits when none is named.
     pub fn default_pipeline(&self) -> &'static str {
         match self {

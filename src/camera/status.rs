@@ -155,9 +155,9 @@ pub(super) fn declared_fps(info: &gst_video::VideoInfo) -> Option<f64> {
     (declared > 0.0 && declared <= 240.0).then(|| round(declared))
 }
 
-/// Frames a second from a count, once it spans long enough.
-pub(super) fn measured_fps(frames: u64, over: Duration) -> Option<f64> {
-    let enough = frames > 2 && over >= Duration::from_secs(2);
+/// Frames a second from a count, the first of them at the start of the time.
+pub(super) fn rate(frames: u64, over: Duration) -> Option<f64> {
+    let enough = frames > 1 && !over.is_zero();
     enough.then(|| round((frames - 1) as f64 / over.as_secs_f64()))
 }
 

@@ -11,10 +11,8 @@
 //!  any ── set_enabled(false) ──► disabled ── set_enabled(true) ──► connecting
 //! ```
 //!
-//! Every attempt has a pipeline of its own (a reused rtspsrc does not always recover) and a thread
-//! `pipe-<id>` that owns it, plays it and takes it down, since each of these may block: on a dead
-//! server for some 20 s. The supervisor waits [`DISMANTLE_WITHIN`] for it and then goes on without
-//! it, counted as leaked until it is gone after all. It never touches a state itself.
+//! Every attempt has a pipeline of its own, since a reused rtspsrc does not always recover. The
+//! supervisor never touches its state: a [`Keeper`] does.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -23,16 +21,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::clock::unix_us;
+use super::keeper::{DISMANTLE_WITHIN, Keeper};
 use super::pipeline::{Event, Outlet, Pipeline, Settings, Watch};
-use super::reason::{Reason, diagnose};
+use super::reason::{self, Reason};
 use super::source::Source;
-use super::status::{CameraStatus, State, Stream, measured_fps};
+use super::status::{CameraStatus, State, Stream, rate};
 use super::templates::Templates;
 use crate::config;
 use crate::queue::Inlet;
-
-/// How long a pipeline may take to be taken down before it is given up.
-pub const DISMANTLE_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long a source may take to its first frame: resolving, connecting, a login that is refused
 /// first, and up to 5 s to the next key frame.
@@ -40,6 +36,9 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(15);
 
 /// Streaming this long makes the failures before it history.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+
+/// How long frames are counted where the stream does not declare its rate.
+const MEASURE_FOR: Duration = Duration::from_secs(3);
 
 /// The status is never older than this while a stream runs; also the heart's slowest beat.
 const TICK: Duration = Duration::from_millis(500);
@@ -306,28 +305,20 @@ impl Supervisor {
         self.shared.note(|s| {
             // Measured once: a figure that moves with every look would be published every time.
             let known = s.stream.as_ref().and_then(|s| s.fps);
-            let measured = known.or_else(|| measured_fps(watch.frames(), since.elapsed()));
+            let over = Some(since.elapsed()).filter(|over| *over >= MEASURE_FOR);
+            let measured = known.or_else(|| rate(watch.frames(), over?));
             s.stream = Stream::of(&self.camera.source, watch, &seen, measured);
             s.clock = seen.capture.map(|c| c.clock);
             s.clock_offset_ms = seen.capture.and_then(|c| c.offset_us).map(|us| us / 1000);
         });
     }
 
-    /// Asks the network, which may take its time to resolve a name, why a camera can't be reached.
     fn ask_network(&self, give_up_at: Instant, streamed: bool) -> Reason {
         let Source::Rtsp(url) = &self.camera.source else { return Reason::Ended };
-        let (answer, answered) = bounded(1);
-        let url = url.clone();
-        let asking = std::thread::Builder::new()
-            .name(format!("ask-{}", self.camera.id))
-            .spawn(move || answer.try_send(diagnose(&url)));
-        // Nobody waits for the thread: it ends by itself when the resolver gives up.
-        let found = asking.ok().and_then(|_| answered.recv_deadline(give_up_at).ok());
-        match found {
+        match reason::ask(url, give_up_at) {
             // The connection broke, but the camera is there.
-            Some(Reason::Mute(_) | Reason::Tls(_)) if streamed => Reason::Ended,
-            Some(reason) => reason,
-            None => Reason::Unresolved(self.camera.source.to_string()),
+            Reason::Mute(_) | Reason::Tls(_) if streamed => Reason::Ended,
+            reason => reason,
         }
     }
 
@@ -369,64 +360,6 @@ impl Supervisor {
 fn back_off(failures: u32, random: u32) -> Duration {
     let seconds = f64::from(1_u32 << (failures.clamp(1, 6) - 1)).min(20.0);
     Duration::from_secs_f64(seconds * (1.0 + 0.5 * f64::from(random) / f64::from(u32::MAX)))
-}
-
-/// The thread that owns a pipeline.
-pub(super) struct Keeper {
-    /// Dropped to have the pipeline taken down.
-    wanted: Option<Sender<()>>,
-    gone: Receiver<()>,
-    /// Set by whoever is first: the thread when it is done, the owner when it gives up.
-    settled: Arc<AtomicBool>,
-    leaked: Arc<AtomicU64>,
-}
-
-impl Keeper {
-    /// Plays the pipeline until `let_go`.
-    pub(super) fn start(
-        name: &str,
-        pipeline: Pipeline,
-        leaked: &Arc<AtomicU64>,
-    ) -> std::io::Result<Self> {
-        let (wanted, unwanted) = bounded::<()>(0);
-        let (done, gone) = bounded(1);
-        let settled = Arc::new(AtomicBool::new(false));
-        let keeper = Self {
-            wanted: Some(wanted),
-            gone,
-            settled: Arc::clone(&settled),
-            leaked: Arc::clone(leaked),
-        };
-        let leaked = Arc::clone(leaked);
-        std::thread::Builder::new().name(format!("pipe-{name}")).spawn(move || {
-            pipeline.play();
-            let _ = unwanted.recv();
-            pipeline.dismantle();
-            if settled.swap(true, Ordering::AcqRel) {
-                leaked.fetch_sub(1, Ordering::AcqRel);
-            }
-            let _ = done.try_send(());
-        })?;
-        Ok(keeper)
-    }
-
-    /// Has the pipeline taken down.
-    pub(super) fn let_go(&mut self) {
-        self.wanted = None;
-    }
-
-    /// Waits for it, but not longer.
-    pub(super) fn wait(mut self, give_up_at: Instant) {
-        self.let_go();
-        if self.gone.recv_deadline(give_up_at).is_ok() {
-            return;
-        }
-        // Counted first: the thread may be done, and count back, in between.
-        self.leaked.fetch_add(1, Ordering::AcqRel);
-        if self.settled.swap(true, Ordering::AcqRel) {
-            self.leaked.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -47,6 +47,8 @@ pub(crate) struct Note {
     pub(crate) arrived: Instant,
     /// Mean luma, to see that there is a picture.
     pub(crate) luma: f64,
+    /// Where the planes start in the buffer, if it says so itself.
+    pub(crate) layout: Option<Vec<usize>>,
 }
 
 fn note(frame: &Frame) -> Note {
@@ -70,6 +72,7 @@ fn note(frame: &Frame) -> Note {
         size,
         arrived: frame.arrived,
         luma,
+        layout: frame.buffer.meta::<gst_video::VideoMeta>().map(|m| m.offset().to_vec()),
     }
 }
 
@@ -93,15 +96,14 @@ impl Rig {
         templates: Templates,
         pause: Duration,
     ) -> Self {
-        let lanes: Vec<_> = cameras
-            .iter()
-            .map(|c| LaneSettings { queue: c.queue, max_fps: c.max_fps })
-            .collect();
+        let lanes: Vec<_> =
+            cameras.iter().map(|c| LaneSettings { queue: c.queue, max_fps: c.max_fps }).collect();
         let (intake, inlets) = queue::build(&lanes);
         let notes = Arc::new(Mutex::new(vec![Vec::new(); cameras.len()]));
         let over = Arc::new(AtomicBool::new(false));
         let consumer = std::thread::spawn({
-            let (intake, notes, over) = (Arc::clone(&intake), Arc::clone(&notes), Arc::clone(&over));
+            let (intake, notes, over) =
+                (Arc::clone(&intake), Arc::clone(&notes), Arc::clone(&over));
             move || {
                 while !over.load(Ordering::Acquire) {
                     let Some(taken) = intake.take(Duration::from_millis(20)) else { continue };
