@@ -2,6 +2,7 @@
 
 pub mod link;
 pub mod mosquitto;
+pub mod peer;
 
 use std::time::{Duration, Instant};
 
