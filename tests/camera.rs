@@ -127,11 +127,11 @@ fn a_camera_that_was_killed_comes_back_and_the_others_do_not_notice() {
     rig.until_more(1, 10, secs(15));
 
     first.stop();
-    let status = rig.until(0, secs(5), |s| s.state == State::Backoff);
+    let status = rig.reach(0, secs(5), |s| s.state == State::Backoff);
     let reason = status.reason.clone().expect("a reason stands with every back-off");
     assert!(reason.contains("refused") || reason.contains("ended"), "{reason}");
     assert!(status.retry_in_s.is_some_and(|s| s <= 1.5), "{status:?}");
-    rig.until(0, secs(5), |s| s.attempt >= 2 && s.state == State::Backoff);
+    rig.reach(0, secs(5), |s| s.attempt >= 2 && s.state == State::Backoff);
     let reason = rig.cameras[0].status().reason.expect("a reason");
     assert!(reason.starts_with(&format!("connection refused by 127.0.0.1:{port}")), "{reason}");
 
@@ -156,7 +156,7 @@ fn a_camera_that_is_down_at_the_start_streams_once_it_is_up() {
     let port = free.local_addr().unwrap().port();
     drop(free);
     let rig = Rig::start(vec![config("a", &format!("rtsp://127.0.0.1:{port}/clip"))]);
-    let status = rig.until(0, secs(10), |s| s.state == State::Backoff);
+    let status = rig.reach(0, secs(10), |s| s.state == State::Backoff);
     assert!(status.reason.is_some_and(|r| r.starts_with("connection refused")));
     let server = RtspServer::start(&Settings { port, ..Settings::default() }).unwrap();
     server.mount_clip("/clip", &clip(), true).unwrap();
@@ -183,7 +183,7 @@ fn refusals_are_named_and_hold_no_password() {
         (3, "no such path on the camera: /other (RTSP 404)"),
         (4, "the host name no-such-camera.invalid does not resolve"),
     ] {
-        let status = rig.until(camera, secs(15), |s| s.state == State::Backoff);
+        let status = rig.reach(camera, secs(15), |s| s.state == State::Backoff);
         let reason = status.reason.expect("a reason stands with every back-off");
         assert!(reason.starts_with(start), "{reason}");
         assert!(!reason.contains("secret") && !reason.contains("p@ss"), "{reason}");
@@ -205,7 +205,7 @@ fn rtsps_checks_the_certificate_unless_told_otherwise() {
     rig.until_frames(1, 10, secs(15));
     let stream = rig.cameras[1].status().stream.expect("it streams");
     assert_eq!(stream.transport, Some(Transport::Tls));
-    let status = rig.until(0, secs(15), |s| s.state == State::Backoff);
+    let status = rig.reach(0, secs(15), |s| s.state == State::Backoff);
     let reason = status.reason.expect("a reason stands with every back-off");
     assert!(reason.starts_with("TLS: ") && reason.contains("rtsp-selfsigned"), "{reason}");
     assert_eq!(rig.notes(0).len(), 0);
@@ -218,11 +218,11 @@ fn a_server_that_says_nothing_is_given_up_and_holds_nobody_up() {
     let url = format!("rtsp://127.0.0.1:{port}/clip");
     let rig = Rig::start((0..4).map(|n| config(&format!("c{n}"), &url)).collect());
     // While it is still trying, and a second time after it gave up once.
-    rig.until(0, secs(3), |s| s.state == State::Connecting);
-    let status = rig.until(0, secs(17), |s| s.state == State::Backoff);
+    rig.reach(0, secs(3), |s| s.state == State::Connecting);
+    let status = rig.reach(0, secs(17), |s| s.state == State::Backoff);
     let reason = status.reason.expect("a reason stands with every back-off");
     assert!(reason.contains("does not answer RTSP"), "{reason}");
-    rig.until(0, secs(3), |s| s.state == State::Connecting);
+    rig.reach(0, secs(3), |s| s.state == State::Connecting);
     let before = rig.cameras[0].heartbeat();
     let took = rig.stop();
     assert!(took <= secs(3) && before > 0, "{took:?}");
@@ -240,11 +240,11 @@ fn silence_on_an_open_connection_is_a_stall() {
     wire.freeze(true);
     let frozen = Instant::now();
     let reason = "no frame for 1.0 s";
-    let status = rig.until(0, secs(6), |s| s.reason.as_deref() == Some(reason));
+    let status = rig.reach(0, secs(6), |s| s.reason.as_deref() == Some(reason));
     assert!(matches!(status.state, State::Stalled | State::Backoff), "{status:?}");
     let noticed = frozen.elapsed();
     assert!((0.8..3.0).contains(&noticed.as_secs_f64()), "{noticed:?}");
-    rig.until(0, secs(5), |s| s.state == State::Backoff);
+    rig.reach(0, secs(5), |s| s.state == State::Backoff);
     wire.freeze(false);
     rig.until_streaming(0, secs(10));
     consecutive(&rig.until_more(0, 10, secs(5)));
@@ -256,7 +256,7 @@ fn a_camera_that_ends_its_stream_is_asked_again() {
     server.mount_clip("/once", &clip(), false).unwrap();
     let rig = Rig::start(vec![config("a", &server.url("/once"))]);
     rig.until_more(0, 10, secs(15));
-    let status = rig.until(0, secs(10), |s| s.state == State::Backoff);
+    let status = rig.reach(0, secs(10), |s| s.state == State::Backoff);
     assert!(status.reason.is_some(), "{status:?}");
     consecutive(&rig.until_more(0, 10, secs(10)));
     assert_eq!(rig.cameras[0].status().connects, 2);
@@ -267,7 +267,7 @@ fn a_camera_is_switched_off_and_on() {
     let rig = Rig::start(vec![config("a", "test://?width=320&height=240&fps=20")]);
     rig.until_frames(0, 5, secs(10));
     rig.cameras[0].set_enabled(false);
-    rig.until(0, secs(3), |s| s.state == State::Disabled);
+    rig.reach(0, secs(3), |s| s.state == State::Disabled);
     let count = rig.ledger(0).offered;
     rig.cameras[0].set_enabled(true);
     rig.until_streaming(0, secs(5));
@@ -278,7 +278,7 @@ fn a_camera_is_switched_off_and_on() {
 #[test]
 fn a_file_is_played_at_its_pace_to_its_end() {
     let rig = Rig::start(vec![config("a", &file_url(&clip()))]);
-    let status = rig.until(0, secs(15), |s| s.state == State::Ended);
+    let status = rig.reach(0, secs(15), |s| s.state == State::Ended);
     assert_eq!((status.connects, status.reason), (1, None));
     let notes = rig.until_frames(0, 40, secs(1));
     consecutive(&notes);
@@ -309,7 +309,7 @@ fn a_file_without_realtime_waits_for_a_slow_consumer() {
     (camera.realtime, camera.stall_timeout_s) = (false, 1.0);
     // 40 frames take 4 s, four times the stall timeout; the queue holds 4.
     let rig = Rig::start_with(vec![camera], Templates::default(), Duration::from_millis(100));
-    rig.until(0, secs(15), |s| s.state == State::Ended);
+    rig.reach(0, secs(15), |s| s.state == State::Ended);
     let notes = rig.until_frames(0, 40, secs(5));
     assert_eq!(notes.len(), 40);
     consecutive(&notes);
@@ -321,7 +321,7 @@ fn a_file_that_waits_for_room_stops_at_once() {
     let mut camera = config("a", &file_url(&clip()));
     (camera.realtime, camera.queue) = (false, 1);
     let rig = Rig::start_with(vec![camera], Templates::default(), secs(2));
-    rig.until(0, secs(10), |_| rig.ledger(0).queued == 1);
+    rig.reach(0, secs(10), |_| rig.ledger(0).queued == 1);
     let took = rig.stop();
     assert!(took < secs(1), "{took:?}");
 }
@@ -341,7 +341,7 @@ fn the_resolution_may_change_in_mid_stream() {
     let mut camera = config("a", &file_url(&joined));
     camera.realtime = false;
     let rig = Rig::start(vec![camera]);
-    rig.until(0, secs(15), |s| s.state == State::Ended);
+    rig.reach(0, secs(15), |s| s.state == State::Ended);
     let notes = rig.until_frames(0, 30, secs(2));
     let sizes: Vec<_> = notes.iter().map(|n| n.size).collect();
     assert_eq!(sizes[..10], [(640, 360); 10]);
@@ -367,7 +367,7 @@ fn what_no_file_holds_is_named() {
         (1, ""),
         (2, "looked for my-camera.launch in"),
     ] {
-        let status = rig.until(camera, secs(10), |s| s.state == State::Backoff);
+        let status = rig.reach(camera, secs(10), |s| s.state == State::Backoff);
         let reason = status.reason.expect("a reason stands with every back-off");
         println!("{reason}");
         assert!(reason.contains(part), "{reason}");
@@ -394,7 +394,7 @@ fn frames_after_a_loss_are_counted_and_left_out_until_the_next_key_frame() {
     camera.repeat = true;
     let templates = Templates { dirs: vec![dir.path().to_owned()] };
     let rig = Rig::start_with(vec![camera], templates, Duration::ZERO);
-    rig.until(0, secs(15), |_| rig.ledger(0).corrupt > 20);
+    rig.reach(0, secs(15), |_| rig.ledger(0).corrupt > 20);
     consecutive(&rig.notes(0));
 }
 

@@ -3,4 +3,6 @@
 mod delivery;
 mod embedded;
 mod outbox;
+mod peers;
+mod pure;
 mod trouble;

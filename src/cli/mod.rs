@@ -1,8 +1,10 @@
 //! The commands, one file each, and what they share: exit codes, logging, signals.
 
 mod bench;
+mod check;
 mod demo;
 mod model;
+mod probe;
 mod run;
 
 use std::io::IsTerminal;
@@ -27,6 +29,10 @@ enum Command {
     Run(run::Args),
     /// Show noblink at work: two built-in cameras, a broker, a model, all on this machine
     Demo(demo::Args),
+    /// Check a configuration without starting anything
+    Check(check::Args),
+    /// Look at a camera and print a [[camera]] block for it
+    Probe(probe::Args),
     /// Look at models
     #[command(subcommand)]
     Model(model::Command),
@@ -64,6 +70,8 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Model(command) => model::run(command),
         Command::Bench(command) => bench::run(command),
     };

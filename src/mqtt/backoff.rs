@@ -8,6 +8,11 @@ use std::time::Duration;
 const GOOD_AFTER: Duration = Duration::from_secs(60);
 /// Someone else with our client id is forgotten only after this long.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
+/// A connection that was accepted and closed sooner may be a contest for the client id.
+const SHORT: Duration = Duration::from_secs(30);
+/// Takeovers in a row, announced or guessed from short connections, that make it one.
+const TAKEOVERS_MAX: u32 = 2;
+const SHORT_MAX: u32 = 3;
 const STEADY_MAX_S: f64 = 60.0;
 
 /// What kind of failure ended a connection.
@@ -17,8 +22,10 @@ pub enum Class {
     Passing,
     /// Passes when someone changes something: 60 to 300 s.
     Refused,
-    /// Another client took over the session; the second time 60 to 120 s, or both would throw each
-    /// other out for ever.
+    /// The broker closed, without a word, what it had accepted. Mosquitto 2.0 does so when another
+    /// client takes over the session, and rumqttc 0.25 can't read a DISCONNECT without properties.
+    Closed,
+    /// Another client took over the session, as the broker says.
     TakenOver,
 }
 
@@ -27,6 +34,7 @@ pub enum Class {
 pub struct Backoff {
     attempts: u32,
     takeovers: u32,
+    short: u32,
 }
 
 impl Backoff {
@@ -35,9 +43,10 @@ impl Backoff {
         self.attempts
     }
 
-    /// Takeovers in a row.
-    pub fn takeovers(&self) -> u32 {
-        self.takeovers
+    /// Whether it looks as if another client used our client id: then 60 to 120 s, or both would
+    /// throw each other out for ever.
+    pub fn is_contested(&self) -> bool {
+        self.takeovers >= TAKEOVERS_MAX || self.short >= SHORT_MAX
     }
 
     /// The pause after a connection that was up for `up` (zero: it never came up). `chance` is
@@ -48,12 +57,17 @@ impl Backoff {
         }
         if up >= FORGIVEN_AFTER {
             self.takeovers = 0;
+            self.short = 0;
         }
         self.attempts = self.attempts.saturating_add(1);
-        self.takeovers = self.takeovers.saturating_add(u32::from(class == Class::TakenOver));
+        match class {
+            Class::TakenOver => self.takeovers = self.takeovers.saturating_add(1),
+            Class::Closed if up < SHORT => self.short = self.short.saturating_add(1),
+            _ => {}
+        }
         let (least, most) = match class {
             Class::Refused => (60.0, 300.0),
-            Class::TakenOver if self.takeovers > 1 => (60.0, 120.0),
+            Class::TakenOver | Class::Closed if self.is_contested() => (60.0, 120.0),
             _ => (1.0, STEADY_MAX_S.min(2_f64.powi(self.attempts.min(10) as i32))),
         };
         Duration::from_secs_f64(least + (most - least) * chance.clamp(0.0, 1.0))

@@ -95,7 +95,7 @@ pub fn connack(refusal: Refusal, broker: &External, client_id: &str) -> Failure 
 }
 
 /// The network failed, or TLS inside of it.
-pub fn network(error: &io::Error, broker: &External) -> Failure {
+pub fn network(error: &io::Error, broker: &External, up: bool) -> Failure {
     if let Some(tls) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
         return handshake(tls, broker);
     }
@@ -114,7 +114,7 @@ pub fn network(error: &io::Error, broker: &External) -> Failure {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionAborted
         | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::UnexpectedEof => return closed(broker, false),
+        | io::ErrorKind::UnexpectedEof => return closed(broker, up),
         _ if error.to_string().contains("lookup address")
             || error.to_string().contains("could not resolve") =>
         {
@@ -128,17 +128,14 @@ pub fn network(error: &io::Error, broker: &External) -> Failure {
 /// The peer closed the connection; `up`: after it had accepted it.
 pub fn closed(broker: &External, up: bool) -> Failure {
     let at = shown(broker);
-    Failure::passing(match (up, broker.tls) {
-        (true, _) => format!("{at} closed the connection"),
-        (false, false) => format!(
-            "{at} closed the connection without an answer: if this port expects TLS, write \
-             mqtts:// in mqtt.url"
-        ),
-        (false, true) => format!(
-            "{at} closed the connection without an answer: if this port expects no TLS, write \
-             mqtt:// in mqtt.url"
-        ),
-    })
+    if up {
+        return Failure { text: format!("{at} closed the connection"), class: Class::Closed };
+    }
+    let (expects, scheme) = if broker.tls { ("no TLS", "mqtt") } else { ("TLS", "mqtts") };
+    Failure::passing(format!(
+        "{at} closed the connection without an answer: if this port expects {expects}, write \
+         {scheme}:// in mqtt.url; a broker that does not speak MQTT 5 may do so too"
+    ))
 }
 
 /// Nothing came back in time.
@@ -207,7 +204,16 @@ pub fn handshake(error: &rustls::Error, broker: &External) -> Failure {
     }
 }
 
-/// Someone else connected with our client id.
+/// The broker closes what it accepts, again and again, and says no reason.
+pub fn contested(broker: &External, client_id: &str) -> String {
+    format!(
+        "{} keeps closing the connection: another client may use the id \"{client_id}\" too; give \
+         each device its own device.id",
+        shown(broker)
+    )
+}
+
+/// Someone else connected with our client id, as the broker says.
 pub fn taken_over(broker: &External, client_id: &str) -> Failure {
     Failure {
         text: format!(

@@ -37,7 +37,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::backoff::{Backoff, chance};
+use super::backoff::{Backoff, Class, chance};
 use super::board::Board;
 use super::failure::{self, Failure, Refusal};
 use super::outbox::{Cargo, Outbox, Reason};
@@ -158,6 +158,8 @@ impl Link {
     pub async fn run(mut self) {
         let mut backoff = Backoff::default();
         let mut last_text = String::new();
+        // What a link before this one left out.
+        self.outbox.rewind();
         loop {
             self.status.enter(LinkState::Connecting, None);
             let (end, up_for) = self.connect().await;
@@ -165,9 +167,12 @@ impl Link {
             self.outbox.rewind();
             self.board.offline();
             self.status.update(|s| s.inflight = 0);
-            let End::Failed(failure) = end else { break };
+            let End::Failed(mut failure) = end else { break };
 
             let pause = backoff.next(failure.class, up_for, chance());
+            if failure.class == Class::Closed && backoff.is_contested() {
+                failure.text = failure::contested(&self.settings.broker, &self.client_id);
+            }
             self.status.update(|s| {
                 s.attempt = backoff.attempts();
                 s.last_error = Some(failure.text.clone());
@@ -749,7 +754,7 @@ fn diagnose(error: &ConnectionError, broker: &External, client_id: &str, up: boo
         | ConnectionError::Tls(TlsError::Io(e))
         | ConnectionError::MqttState(StateError::Io(e))
         | ConnectionError::MqttState(StateError::Deserialization(CodecError::Io(e))) => {
-            failure::network(e, broker)
+            failure::network(e, broker, up)
         }
         ConnectionError::Tls(TlsError::TLS(e)) => failure::handshake(e, broker),
         ConnectionError::Tls(e) => {
