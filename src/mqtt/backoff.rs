@@ -23,7 +23,7 @@ pub enum Class {
     /// Passes when someone changes something: 60 to 300 s.
     Refused,
     /// The broker closed, without a word, what it had accepted. Mosquitto 2.0 does so when another
-    /// client takes over the session, and rumqttc 0.25 can't read a DISCONNECT without properties.
+    /// client takes over the session, and a DISCONNECT without properties can't be read here.
     Closed,
     /// Another client took over the session, as the broker says.
     TakenOver,

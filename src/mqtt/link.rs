@@ -1,4 +1,4 @@
-//! The connection to the broker. The only file that names rumqttc.
+//! The connection to the broker, kept for as long as the service runs.
 //!
 //! ```text
 //!             ┌──────────────► connecting ──refused, silent──► backoff ──┐
@@ -10,58 +10,32 @@
 //!  stop(): live ─► draining (3 s) ─► farewell: `offline` and its PUBACK ─► DISCONNECT ─► stopped
 //! ```
 //!
-//! One connection is one fresh event loop, and its options are built anew: rumqttc loses what it
-//! holds when the broker lost the session, keeps a collision across reconnects, and lets the server
-//! overwrite its options. So nothing is left to it. Everything out stays with the outbox until its
-//! PUBACK, and comes again after a loss. Packet ids run in a ring as long as the broker's receive
-//! maximum; the window is counted from the oldest message that is out, so an id is never reused
-//! while it is out, whatever order the broker acknowledges in.
-//!
-//! `poll()` is never cancelled but to end the connection (it may lose a packet then), and nothing
-//! here waits for room in rumqttc's channel: it has room for the window by construction.
+//! Everything that is out stays with the outbox until its PUBACK, and goes again after a loss.
+//! Packet ids run in a ring as long as the broker's receive maximum; the window is counted from the
+//! oldest message that is out, so an id is never used again while it is out, whatever order the
+//! broker acknowledges in. SUBSCRIBE shares the ring: nothing is published before its answer.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use rumqttc::v5::mqttbytes::v5::{
-    ConnAck, ConnectReturnCode, DisconnectReasonCode, Filter, LastWill, LastWillProperties, Packet,
-    PubAck, PubAckReason, Publish, SubAck, SubscribeReasonCode,
-};
-use rumqttc::v5::mqttbytes::{Error as CodecError, QoS, valid_filter, valid_topic};
-use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
-use rumqttc::{NetworkOptions, Outgoing, TlsConfiguration, TlsError, Transport};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::backoff::{Backoff, Class, chance};
 use super::board::Board;
-use super::failure::{self, Failure, Refusal};
+use super::failure::{self, Failure};
 use super::outbox::{Cargo, Outbox, Reason};
 use super::status::{LinkState, LinkStatus, Oversize, StatusCell};
-use super::tls;
 use super::topics::Topics;
+use super::wire::{
+    self, CONNECT_TIMEOUT, Happening, Hello, KEEP_ALIVE, UNSENT_MAX, Unsent, Verdict, Welcome, Wire,
+};
 use crate::config::External;
 
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// TCP, TLS and CONNACK together.
-const CONNECT_TIMEOUT_S: u64 = 5;
-const SESSION_EXPIRY_S: u32 = 3600;
-/// Short blips do not show as `offline`.
-const WILL_DELAY_S: u32 = 5;
-/// QoS 1 messages out at once, whatever the broker allows: it bounds what is sent again.
-const WINDOW_MAX: u16 = 64;
-/// QoS 0 messages that wait for the socket; more are thrown away.
-const UNSENT_MAX: usize = 8;
-/// Room for the window, the subscriptions, the unsent and DISCONNECT.
-const CHANNEL: usize = WINDOW_MAX as usize + UNSENT_MAX + 8;
-/// Incoming packets; told to the broker, which then must not send more.
-const PACKET_IN_MAX: u32 = 128 * 1024;
-/// Outgoing packets, where the broker allows more: a larger one blocks all behind it.
-const PACKET_OUT_MAX: usize = 1024 * 1024;
 /// AWS IoT Core takes no more in one SUBSCRIBE.
 const FILTERS_PER_SUBSCRIBE: usize = 8;
 const INBOUND_MAX: usize = 256;
@@ -71,6 +45,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(2);
 /// First pause after the broker could not take a record just now; doubled up to a minute.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_millis(500);
 
 /// What a link needs to know.
@@ -195,21 +170,27 @@ impl Link {
 
     /// One connection, from the first packet to the last. Returns how long it was up, too.
     async fn connect(&mut self) -> (End, Duration) {
-        let options = match self.options() {
-            Ok(options) => options,
+        let availability = self.settings.topics.availability();
+        let hello = Hello {
+            broker: &self.settings.broker,
+            client_id: &self.client_id,
+            availability: &availability,
+        };
+        let (wire, mut happenings) = match wire::open(&hello) {
+            Ok(ends) => ends,
             Err(text) => return (End::Failed(Failure::refused(text)), Duration::ZERO),
         };
-        let (client, mut events) = AsyncClient::new(options, CHANNEL);
         let mut stop = self.stop.clone();
-        let mut session = Session::new(self, client);
+        let mut session = Session::new(self, wire);
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
-            let event = {
-                let mut poll = pin!(timeout(session.patience, events.poll()));
+            let next = {
+                // Awaited to its end, whatever else wakes this task.
+                let mut next = pin!(timeout(session.patience, happenings.next()));
                 loop {
                     tokio::select! {
-                        event = &mut poll => break Ok(event),
+                        next = &mut next => break Ok(next),
                         () = self.outbox.rung() => {}
                         () = self.board.rung() => {}
                         _ = tick.tick() => {}
@@ -220,63 +201,19 @@ impl Link {
                     }
                 }
             };
-            let event = match event {
-                Ok(Ok(Ok(event))) => event,
-                Ok(Ok(Err(error))) => break session.lost(&error),
-                Ok(Err(_)) => break End::Failed(session.silent()),
-                Err(end) => break end,
+            let end = match next {
+                Ok(Ok(Ok(happening))) => session.handle(happening).or_else(|| session.advance()),
+                // A stop that was under way needs no connection any more.
+                Ok(_) if session.is_stopping() => Some(End::Stopped),
+                Ok(Ok(Err(failure))) => Some(End::Failed(failure)),
+                Ok(Err(_)) => Some(End::Failed(happenings.silent())),
+                Err(end) => Some(end),
             };
-            if let Some(end) = session.handle(event, &mut events).or_else(|| session.advance()) {
+            if let Some(end) = end {
                 break end;
             }
         };
         (end, session.up_since.map_or(Duration::ZERO, |up| up.elapsed()))
-    }
-
-    /// Everything that CONNECT says, with password and certificates as they are now.
-    fn options(&self) -> Result<MqttOptions, String> {
-        let broker = &self.settings.broker;
-        let mut options = MqttOptions::new(&self.client_id, &broker.host, broker.port);
-        options
-            .set_keep_alive(KEEP_ALIVE)
-            .set_clean_start(false)
-            .set_session_expiry_interval(Some(SESSION_EXPIRY_S))
-            .set_max_packet_size(Some(PACKET_IN_MAX))
-            .set_connection_timeout(CONNECT_TIMEOUT_S)
-            .set_outgoing_inflight_upper_limit(WINDOW_MAX);
-        let mut network = NetworkOptions::new();
-        network.set_tcp_nodelay(true);
-        options.set_network_options(network);
-        let delayed = LastWillProperties {
-            delay_interval: Some(WILL_DELAY_S),
-            payload_format_indicator: None,
-            message_expiry_interval: None,
-            content_type: None,
-            response_topic: None,
-            correlation_data: None,
-            user_properties: Vec::new(),
-        };
-        let availability = self.settings.topics.availability();
-        options.set_last_will(LastWill::new(
-            &*availability,
-            "offline",
-            QoS::AtLeastOnce,
-            true,
-            Some(delayed),
-        ));
-        if let Some(username) = &broker.username {
-            let password = match &broker.password_file {
-                None => String::new(),
-                Some(file) => std::fs::read_to_string(file)
-                    .map_err(|e| format!("password_file {} can't be read: {e}", file.display()))?,
-            };
-            options.set_credentials(username, password.trim_end_matches(['\r', '\n']));
-        }
-        if broker.tls {
-            let config = tls::client_config(broker)?;
-            options.set_transport(Transport::Tls(TlsConfiguration::Rustls(config)));
-        }
-        Ok(options)
     }
 }
 
@@ -309,52 +246,38 @@ struct Out {
     at: Instant,
 }
 
-/// Why a message was not handed over.
-enum Unsent {
-    TooLarge,
-    NoTopic,
-    /// rumqttc's channel is full: not by what is in the window.
-    NoRoom,
-}
-
+/// Where a connection stands, and since or until when.
 enum Phase {
     /// No CONNACK yet.
     Connecting,
-    /// Until the answer to every SUBSCRIBE: they share the ring of packet ids.
-    Subscribing {
-        since: Instant,
-    },
+    /// Since CONNACK, until every SUBSCRIBE is answered: they share the ring of packet ids.
+    Subscribing(Instant),
     Live,
-    Draining {
-        until: Instant,
-    },
-    /// `offline` is out.
-    Farewell {
-        until: Instant,
-    },
-    /// DISCONNECT is on its way.
-    Leaving {
-        until: Instant,
-    },
+    /// Until everything is out and acknowledged.
+    Draining(Instant),
+    /// Until `offline` is acknowledged.
+    Farewell(Instant),
+    /// Until DISCONNECT went out.
+    Leaving(Instant),
 }
 
 /// One connection.
 struct Session<'a> {
     link: &'a Link,
-    client: AsyncClient,
+    wire: Wire,
     phase: Phase,
     up_since: Option<Instant>,
-    /// How long `poll()` may be silent: two keep-alives, during which it pings.
+    /// How long nothing may happen: two keep-alives, in which a ping went out and was answered.
     patience: Duration,
     window: u64,
     packet_max: usize,
     /// QoS 1 messages submitted on this connection: the number of the next one.
     next: u64,
-    /// Submitted, without a packet id yet. rumqttc gives ids in this order.
+    /// Submitted, without a packet id yet; the ids come in this order.
     unnamed: VecDeque<u64>,
     by_packet_id: HashMap<u16, u64>,
     out: BTreeMap<u64, Out>,
-    /// QoS 0 messages in rumqttc's channel.
+    /// QoS 0 messages that did not go out yet.
     unsent: usize,
     /// SUBSCRIBEs without a packet id yet, in order.
     subscribes: VecDeque<Vec<String>>,
@@ -364,15 +287,15 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(link: &'a Link, client: AsyncClient) -> Self {
+    fn new(link: &'a Link, wire: Wire) -> Self {
         Self {
             link,
-            client,
+            wire,
             phase: Phase::Connecting,
             up_since: None,
-            patience: 2 * KEEP_ALIVE + Duration::from_secs(CONNECT_TIMEOUT_S),
+            patience: 2 * KEEP_ALIVE + CONNECT_TIMEOUT,
             window: 0,
-            packet_max: PACKET_OUT_MAX,
+            packet_max: 0,
             next: 0,
             unnamed: VecDeque::new(),
             by_packet_id: HashMap::new(),
@@ -390,18 +313,15 @@ impl<'a> Session<'a> {
     }
 
     fn is_stopping(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Draining { .. } | Phase::Farewell { .. } | Phase::Leaving { .. }
-        )
+        matches!(self.phase, Phase::Draining(_) | Phase::Farewell(_) | Phase::Leaving(_))
     }
 
     fn stop(&mut self) {
         let now = Instant::now();
         self.phase = match self.phase {
-            Phase::Live => Phase::Draining { until: now + DRAIN_TIMEOUT },
+            Phase::Live => Phase::Draining(now + DRAIN_TIMEOUT),
             // Nothing is out, and `online` was never said.
-            _ => Phase::Leaving { until: now },
+            _ => Phase::Leaving(now),
         };
     }
 
@@ -410,7 +330,7 @@ impl<'a> Session<'a> {
         let now = Instant::now();
         match self.phase {
             Phase::Connecting => {}
-            Phase::Subscribing { since } => {
+            Phase::Subscribing(since) => {
                 if self.subscribes.is_empty() && self.subscribing.is_empty() {
                     self.phase = Phase::Live;
                     self.say("online");
@@ -438,27 +358,27 @@ impl<'a> Session<'a> {
                     ))));
                 }
             }
-            Phase::Draining { until } => {
+            Phase::Draining(until) => {
                 self.pump(now);
                 let drained = self.out.is_empty()
                     && self.link.outbox.is_empty()
                     && self.link.board.is_settled();
                 if drained || now >= until {
                     self.say("offline");
-                    self.phase = Phase::Farewell { until: now + FAREWELL_TIMEOUT };
+                    self.phase = Phase::Farewell(now + FAREWELL_TIMEOUT);
                 }
             }
-            Phase::Farewell { until } => {
+            Phase::Farewell(until) => {
                 let said = !self.out.values().any(|o| matches!(o.token, Token::Availability));
-                if said && self.client.try_disconnect().is_ok() {
-                    self.phase = Phase::Leaving { until: now + FAREWELL_TIMEOUT };
+                if said && self.wire.leave() {
+                    self.phase = Phase::Leaving(now + FAREWELL_TIMEOUT);
                 } else if now >= until {
                     // Without DISCONNECT the broker says it for us.
                     return Some(End::Stopped);
                 }
             }
-            Phase::Leaving { until } if now >= until => return Some(End::Stopped),
-            Phase::Leaving { .. } => {}
+            Phase::Leaving(until) if now >= until => return Some(End::Stopped),
+            Phase::Leaving(_) => {}
         }
         None
     }
@@ -489,7 +409,7 @@ impl<'a> Session<'a> {
                 let announce = match self.submit(&topic, payload, false, Token::Loan(loan.ticket)) {
                     Ok(()) => continue,
                     Err(Unsent::NoRoom) => return self.link.outbox.give_back(loan.ticket),
-                    Err(Unsent::TooLarge) => Some(Reason::TooLarge),
+                    Err(Unsent::TooLarge(_)) => Some(Reason::TooLarge),
                     Err(Unsent::NoTopic) => None,
                 };
                 self.link.outbox.rejected(loan.ticket, announce);
@@ -499,7 +419,8 @@ impl<'a> Session<'a> {
         while self.unsent < UNSENT_MAX
             && let Some((topic, payload)) = self.link.board.next_telemetry()
         {
-            let sent = self.offer(&topic, QoS::AtMostOnce, payload.to_vec(), false);
+            let sent = self.wire.tell(&topic, payload.to_vec(), self.packet_max);
+            self.note(&topic, &sent);
             self.unsent += usize::from(sent.is_ok());
         }
     }
@@ -516,7 +437,7 @@ impl<'a> Session<'a> {
         let _ = self.submit(&topic, availability.into(), true, Token::Availability);
     }
 
-    /// Hands a QoS 1 message to rumqttc and waits for its acknowledgement from now on.
+    /// Hands a QoS 1 message over and waits for its acknowledgement from now on.
     fn submit(
         &mut self,
         topic: &str,
@@ -524,7 +445,9 @@ impl<'a> Session<'a> {
         retain: bool,
         token: Token,
     ) -> Result<(), Unsent> {
-        self.offer(topic, QoS::AtLeastOnce, payload, retain)?;
+        let sent = self.wire.publish(topic, payload, retain, self.packet_max);
+        self.note(topic, &sent);
+        sent?;
         self.out.insert(self.next, Out { token, at: Instant::now() });
         self.unnamed.push_back(self.next);
         self.next += 1;
@@ -536,125 +459,92 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Into rumqttc's channel, unless no broker would take it: a packet that is too large is
-    /// stored there, fails, ends the connection, and fails again on the next.
-    fn offer(&self, topic: &str, qos: QoS, payload: Vec<u8>, retain: bool) -> Result<(), Unsent> {
-        if topic.is_empty() || topic.len() > usize::from(u16::MAX) || !valid_topic(topic) {
-            warn!("mqtt: \"{topic}\" is no topic to publish to");
-            return Err(Unsent::NoTopic);
+    /// Says what will never be sent.
+    fn note(&self, topic: &str, sent: &Result<(), Unsent>) {
+        match *sent {
+            Err(Unsent::TooLarge(size_bytes)) => {
+                let limit_bytes = self.packet_max;
+                warn!("mqtt: {topic}: a packet of {size_bytes} bytes, the limit is {limit_bytes}");
+                let over = Oversize { topic: topic.to_owned(), size_bytes, limit_bytes };
+                self.link.status.update(|s| s.oversize = Some(over));
+            }
+            Err(Unsent::NoTopic) => warn!("mqtt: \"{topic}\" is no topic to publish to"),
+            Ok(()) | Err(Unsent::NoRoom) => {}
         }
-        let publish = Publish::new(topic, qos, payload, None);
-        // The packet id counts as soon as there is one.
-        let size = publish.size() + 2;
-        let limit = self.packet_max;
-        if size > limit {
-            warn!("mqtt: {topic}: a packet of {size} bytes, the limit is {limit}");
-            let over = Oversize { topic: topic.into(), size_bytes: size, limit_bytes: limit };
-            self.link.status.update(|s| s.oversize = Some(over));
-            return Err(Unsent::TooLarge);
-        }
-        self.client.try_publish(topic, qos, retain, publish.payload).map_err(|_| Unsent::NoRoom)
     }
 
-    fn handle(&mut self, event: Event, events: &mut EventLoop) -> Option<End> {
-        match event {
-            Event::Incoming(Packet::ConnAck(connack)) => return self.connected(&connack, events),
-            Event::Incoming(Packet::SubAck(suback)) => self.subscribed(&suback),
-            Event::Incoming(Packet::PubAck(puback)) => self.acknowledged(&puback),
-            Event::Incoming(Packet::Publish(publish)) => self.received(publish),
-            Event::Outgoing(Outgoing::Publish(0)) => self.unsent = self.unsent.saturating_sub(1),
-            Event::Outgoing(Outgoing::Publish(id)) => {
+    fn handle(&mut self, happening: Happening) -> Option<End> {
+        match happening {
+            Happening::Welcome(welcome) => self.welcomed(&welcome),
+            Happening::Named(id) => {
                 if let Some(number) = self.unnamed.pop_front() {
                     self.by_packet_id.insert(id, number);
                 }
             }
-            Event::Outgoing(Outgoing::Subscribe(id)) => {
+            Happening::Settled(id, verdict) => self.settled(id, verdict),
+            Happening::Told => self.unsent = self.unsent.saturating_sub(1),
+            Happening::Subscribing(id) => {
                 if let Some(filters) = self.subscribes.pop_front() {
                     self.subscribing.insert(id, filters);
                 }
             }
-            Event::Outgoing(Outgoing::Disconnect) => return Some(End::Stopped),
-            _ => {}
+            Happening::Subscribed(id, answers) => {
+                let filters = self.subscribing.remove(&id).unwrap_or_default();
+                for (filter, answer) in filters.iter().zip(answers) {
+                    if let Some(wrong) = answer {
+                        self.refuse(filter, &format!("is refused by the broker: {wrong}"));
+                    }
+                }
+            }
+            Happening::Message(message) => {
+                let lost = u64::from(self.link.inbound.try_send(message).is_err());
+                self.link.status.update(|s| {
+                    s.inbound += 1;
+                    s.inbound_dropped += lost;
+                });
+            }
+            Happening::Left => return Some(End::Stopped),
+            Happening::Nothing => {}
         }
         None
     }
 
-    fn connected(&mut self, connack: &ConnAck, events: &mut EventLoop) -> Option<End> {
-        let refuse = |what| {
-            let id = &self.link.client_id;
-            Some(End::Failed(failure::connack(Refusal::Unsupported(what), self.broker(), id)))
-        };
-        let properties = connack.properties.as_ref();
-        let receive_max = properties.and_then(|p| p.receive_max).unwrap_or(u16::MAX);
-        if receive_max == 0 {
-            return refuse("a receive maximum above 0");
-        }
-        if properties.and_then(|p| p.max_qos) == Some(0) {
-            return refuse("QoS 1");
-        }
-        if properties.and_then(|p| p.retain_available) == Some(0) {
-            return refuse("retained messages");
-        }
-        match properties.and_then(|p| p.server_keep_alive) {
-            // rumqttc would ping without a pause; and a client may always ping.
-            Some(0) => {
-                events.options.set_keep_alive(KEEP_ALIVE);
-            }
-            Some(s) => {
-                let keep_alive = Duration::from_secs(s.into()).max(KEEP_ALIVE);
-                self.patience = 2 * keep_alive + Duration::from_secs(CONNECT_TIMEOUT_S);
-            }
-            None => {}
-        }
-        let ring = receive_max.min(WINDOW_MAX);
-        // Four ids of slack, where the ring has them.
-        let window = ring.saturating_sub(4).max(ring.min(4));
-        self.window = window.into();
-        let limit =
-            properties.and_then(|p| p.max_packet_size).map_or(PACKET_OUT_MAX, |m| m as usize);
-        self.packet_max = limit.min(PACKET_OUT_MAX);
-        self.up_since = Some(Instant::now());
-        self.phase = Phase::Subscribing { since: Instant::now() };
+    fn welcomed(&mut self, welcome: &Welcome) {
+        self.window = welcome.window.into();
+        self.packet_max = welcome.packet_max;
+        self.patience = 2 * welcome.keep_alive.max(KEEP_ALIVE) + CONNECT_TIMEOUT;
+        let now = Instant::now();
+        self.up_since = Some(now);
+        self.phase = Phase::Subscribing(now);
         self.link.status.enter(LinkState::Connected, None);
         self.link.status.update(|s| {
             s.connects += 1;
-            s.session_present = connack.session_present;
-            s.window = window;
-            s.max_packet_bytes = self.packet_max;
+            s.session_present = welcome.session_present;
+            s.window = welcome.window;
+            s.max_packet_bytes = welcome.packet_max;
             s.refused_filters.clear();
         });
         info!(
-            window,
-            packet_max = self.packet_max,
-            session_present = connack.session_present,
+            window = welcome.window,
+            packet_max = welcome.packet_max,
+            session_present = welcome.session_present,
             "mqtt: connected to {}",
             failure::shown(self.broker())
         );
         self.subscribe();
-        None
     }
 
     fn subscribe(&mut self) {
         let (valid, invalid): (Vec<_>, Vec<_>) =
-            self.link.settings.filters.iter().cloned().partition(|f| valid_filter(f));
+            self.link.settings.filters.iter().cloned().partition(|f| wire::is_filter(f));
         for filter in invalid {
             self.refuse(&filter, "is no topic filter");
         }
         for filters in valid.chunks(FILTERS_PER_SUBSCRIBE) {
-            let request = filters.iter().map(|f| Filter::new(f, QoS::AtLeastOnce));
-            if self.client.try_subscribe_many(request).is_ok() {
+            if self.wire.subscribe(filters) {
                 self.subscribes.push_back(filters.to_vec());
             } else {
                 filters.iter().for_each(|f| self.refuse(f, "was not sent: too many filters"));
-            }
-        }
-    }
-
-    fn subscribed(&mut self, suback: &SubAck) {
-        let filters = self.subscribing.remove(&suback.pkid).unwrap_or_default();
-        for (filter, code) in filters.iter().zip(&suback.return_codes) {
-            if !matches!(code, SubscribeReasonCode::Success(_)) {
-                self.refuse(filter, &format!("is refused by the broker: {code:?}"));
             }
         }
     }
@@ -665,149 +555,41 @@ impl<'a> Session<'a> {
         self.link.status.update(|s| s.refused_filters.push(text));
     }
 
-    fn acknowledged(&mut self, puback: &PubAck) {
-        let number = self.by_packet_id.remove(&puback.pkid);
+    fn settled(&mut self, id: u16, verdict: Verdict) {
+        let number = self.by_packet_id.remove(&id);
         let Some(out) = number.and_then(|n| self.out.remove(&n)) else { return };
         let outbox = &self.link.outbox;
-        let accepted =
-            matches!(puback.reason, PubAckReason::Success | PubAckReason::NoMatchingSubscribers);
-        // The broker's own trouble: the same message may be welcome later.
-        let later = matches!(
-            puback.reason,
-            PubAckReason::UnspecifiedError
-                | PubAckReason::ImplementationSpecificError
-                | PubAckReason::QuotaExceeded
-                | PubAckReason::PacketIdentifierInUse
-        );
-        match (&out.token, accepted, later) {
-            (Token::Loan(ticket), true, _) => {
+        match (&out.token, &verdict) {
+            (Token::Loan(ticket), Verdict::Taken) => {
                 outbox.acked(*ticket);
                 self.pause = RETRY_AFTER;
             }
-            (Token::Loan(ticket), _, true) => {
+            (Token::Loan(ticket), Verdict::Later(_)) => {
                 outbox.give_back(*ticket);
                 if self.paused_until.is_none() {
                     self.paused_until = Some(Instant::now() + self.pause);
-                    self.pause = (self.pause * 2).min(Duration::from_secs(60));
+                    self.pause = (self.pause * 2).min(RETRY_AFTER_MAX);
                 }
             }
-            (Token::Loan(ticket), ..) => outbox.rejected(*ticket, None),
-            (Token::Board(topic), false, true) => self.link.board.again(topic),
-            (Token::Board(_) | Token::Availability, ..) => {}
+            (Token::Loan(ticket), Verdict::Never(_)) => outbox.rejected(*ticket, None),
+            (Token::Board(topic), Verdict::Later(_)) => self.link.board.again(topic),
+            (Token::Board(_) | Token::Availability, _) => {}
         }
         let inflight = self.out.len() as u64;
         self.link.status.update(|s| {
             s.inflight = inflight;
-            s.acked += u64::from(accepted);
-            s.rejected += u64::from(!accepted && !later);
-            if !accepted {
-                s.last_error = Some(format!(
-                    "the broker refuses a message: {:?}{}",
-                    puback.reason,
-                    match puback.reason {
-                        PubAckReason::NotAuthorized =>
-                            "; let this client write below its root in the broker's access list",
-                        _ if later => "; it will be sent again",
-                        _ => "",
-                    }
-                ));
+            match verdict {
+                Verdict::Taken => s.acked += 1,
+                Verdict::Later(why) => {
+                    s.last_error = Some(format!(
+                        "the broker can't take a message now: {why}; it will be sent again"
+                    ));
+                }
+                Verdict::Never(why) => {
+                    s.rejected += 1;
+                    s.last_error = Some(format!("the broker refuses a message: {why}"));
+                }
             }
         });
-    }
-
-    fn received(&mut self, publish: Publish) {
-        let Ok(topic) = String::from_utf8(publish.topic.to_vec()) else { return };
-        let properties = publish.properties.unwrap_or_default();
-        let message = Inbound {
-            topic,
-            payload: publish.payload.to_vec(),
-            retained: publish.retain,
-            response_topic: properties.response_topic,
-            correlation: properties.correlation_data.map(|c| c.to_vec()),
-        };
-        let lost = match self.link.inbound.try_send(message) {
-            Ok(()) => 0,
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => 1,
-        };
-        self.link.status.update(|s| {
-            s.inbound += 1;
-            s.inbound_dropped += lost;
-        });
-    }
-
-    /// The connection failed, or the broker ended it.
-    fn lost(&self, error: &ConnectionError) -> End {
-        if self.is_stopping() {
-            return End::Stopped;
-        }
-        End::Failed(diagnose(error, self.broker(), &self.link.client_id, self.up_since.is_some()))
-    }
-
-    fn silent(&self) -> Failure {
-        failure::silent(self.broker(), self.up_since.is_some())
-    }
-}
-
-fn diagnose(error: &ConnectionError, broker: &External, client_id: &str, up: bool) -> Failure {
-    match error {
-        ConnectionError::Io(e)
-        | ConnectionError::Tls(TlsError::Io(e))
-        | ConnectionError::MqttState(StateError::Io(e))
-        | ConnectionError::MqttState(StateError::Deserialization(CodecError::Io(e))) => {
-            failure::network(e, broker, up)
-        }
-        ConnectionError::Tls(TlsError::TLS(e)) => failure::handshake(e, broker),
-        ConnectionError::Tls(e) => {
-            Failure::refused(format!("{}: TLS failed: {e}", failure::shown(broker)))
-        }
-        ConnectionError::Timeout(_)
-        | ConnectionError::MqttState(StateError::AwaitPingResp | StateError::CollisionTimeout) => {
-            failure::silent(broker, up)
-        }
-        ConnectionError::MqttState(StateError::ConnectionAborted) => failure::closed(broker, up),
-        ConnectionError::MqttState(StateError::ServerDisconnect { reason_code, reason_string }) => {
-            if *reason_code == DisconnectReasonCode::SessionTakenOver {
-                return failure::taken_over(broker, client_id);
-            }
-            let why = reason_string.as_deref().map(|s| format!(" ({s})")).unwrap_or_default();
-            let text =
-                format!("{} ended the connection: {reason_code:?}{why}", failure::shown(broker));
-            Failure::passing(text)
-        }
-        ConnectionError::ConnectionRefused(code) => {
-            failure::connack(refusal(*code), broker, client_id)
-        }
-        ConnectionError::NotConnAck(_) => Failure::refused(format!(
-            "{} does not answer as an MQTT broker",
-            failure::shown(broker)
-        )),
-        e => Failure::passing(format!("{}: {e}", failure::shown(broker))),
-    }
-}
-
-fn refusal(code: ConnectReturnCode) -> Refusal {
-    use ConnectReturnCode as Code;
-    match code {
-        Code::NotAuthorized => Refusal::NotAuthorized,
-        Code::BadUserNamePassword | Code::BadAuthenticationMethod => Refusal::BadCredentials,
-        Code::Banned => Refusal::Banned,
-        Code::BadClientId | Code::ClientIdentifierNotValid => Refusal::ClientId,
-        Code::RefusedProtocolVersion | Code::UnsupportedProtocolVersion => Refusal::Version,
-        Code::ServiceUnavailable
-        | Code::ServerUnavailable
-        | Code::ServerBusy
-        | Code::QuotaExceeded
-        | Code::ConnectionRateExceeded => Refusal::Busy,
-        Code::RetainNotSupported => Refusal::Unsupported("retained messages"),
-        Code::QoSNotSupported => Refusal::Unsupported("QoS 1"),
-        Code::Success | Code::UnspecifiedError => Refusal::Other("unspecified"),
-        Code::MalformedPacket => Refusal::Other("malformed packet"),
-        Code::ProtocolError => Refusal::Other("protocol error"),
-        Code::ImplementationSpecificError => Refusal::Other("implementation specific error"),
-        Code::TopicNameInvalid => Refusal::Other("topic name invalid"),
-        Code::PacketTooLarge => Refusal::Other("packet too large"),
-        Code::PayloadFormatInvalid => Refusal::Other("payload format invalid"),
-        Code::UseAnotherServer => Refusal::Other("use another server"),
-        Code::ServerMoved => Refusal::Other("server moved"),
     }
 }

@@ -1,9 +1,10 @@
 //! From the worker to the broker.
 //!
 //! `outbox` holds the records that must arrive, `board` what is merely current; both are filled by
-//! any thread and never block it. `link` keeps one connection to a broker and empties them, `tls`
-//! and `failure` are its trust and its words. `broker` is the broker inside, for a box without
-//! another. Nothing here may ever make the worker wait.
+//! any thread and never block it. `link` keeps a connection to a broker and empties them; `wire` is
+//! one connection, the only file that names rumqttc. `tls`, `failure`, `backoff` and `status` are
+//! its trust, its words, its patience and its state. `broker` is the broker inside, for a box
+//! without another. Nothing here may ever make the worker wait.
 
 pub mod backoff;
 pub mod board;
@@ -15,3 +16,4 @@ pub mod outbox;
 pub mod status;
 pub mod tls;
 pub mod topics;
+mod wire;

@@ -7,6 +7,8 @@ pub mod onnx;
 pub mod peer;
 pub mod wire;
 
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// Waits until `condition` holds; says what was waited for when it does not within `seconds`.
@@ -38,8 +40,15 @@ pub const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-/// A TCP port on loopback that was free a moment ago.
+/// A TCP port on loopback that is free and that no other test gets. Not one of those that the
+/// kernel gives to outgoing connections (from 32768), which would take it between two uses.
 pub fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    socket.local_addr().expect("a bound socket has an address").port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let offset = (std::process::id() % 10_000) as u16;
+    loop {
+        let port = 20_000 + (offset + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }

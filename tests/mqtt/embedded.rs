@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use crate::harness::link::Running;
 use crate::harness::mosquitto::{Subscriber, publish};
 use crate::harness::{free_port, until};
-use noblink::mqtt::broker::EmbeddedBroker;
+use noblink::mqtt::broker::{EmbeddedBroker, StartError};
 use tokio::sync::oneshot;
 
 /// The broker on a runtime of its own.
@@ -18,20 +18,32 @@ struct Inside {
 }
 
 impl Inside {
-    fn start(port: u16) -> Self {
+    fn start() -> Self {
+        Self::on(0).expect("it starts")
+    }
+
+    fn on(port: u16) -> Result<Self, StartError> {
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime").block_on(async {
-                let (broker, address) = EmbeddedBroker::start(port).await.expect("it starts");
-                tell.send(address).expect("the test waits");
-                let _ = stopped.await;
-                broker.stop().await;
+                let started = EmbeddedBroker::start(port).await;
+                let started = started.map(|(broker, address)| {
+                    tell.send(Ok(address)).expect("the test waits");
+                    broker
+                });
+                match started {
+                    Ok(broker) => {
+                        let _ = stopped.await;
+                        broker.stop().await;
+                    }
+                    Err(e) => tell.send(Err(e)).expect("the test waits"),
+                }
             });
         });
-        let address = told.recv().expect("it starts");
-        Self { address, stop: Some(stop), thread: Some(thread) }
+        let address = told.recv().expect("an answer")?;
+        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
     }
 
     fn stop(&mut self) {
@@ -50,7 +62,7 @@ impl Drop for Inside {
 
 #[test]
 fn both_protocol_versions_read_retained_and_live_on_one_port() {
-    let inside = Inside::start(0);
+    let inside = Inside::start();
     let port = inside.address.port();
     assert!(inside.address.ip().is_loopback());
     let mut link = Running::start(EmbeddedBroker::reached_at(inside.address));
@@ -73,7 +85,7 @@ fn both_protocol_versions_read_retained_and_live_on_one_port() {
 
 #[test]
 fn a_lost_link_is_offline_by_its_will_here_too() {
-    let inside = Inside::start(0);
+    let inside = Inside::start();
     let reader = Subscriber::new("5", inside.address.port(), "noblink/#");
     let mut link = Running::start(EmbeddedBroker::reached_at(inside.address));
     until("online", 10, || reader.has(&link.topics.availability(), "online"));
@@ -83,7 +95,7 @@ fn a_lost_link_is_offline_by_its_will_here_too() {
 
 #[test]
 fn large_and_many_messages_go_through() {
-    let inside = Inside::start(0);
+    let inside = Inside::start();
     let reader = Subscriber::new("5", inside.address.port(), "noblink/#");
     let link = Running::start(EmbeddedBroker::reached_at(inside.address));
     let large = "x".repeat(400_000);
@@ -129,12 +141,16 @@ fn a_busy_port_is_named_with_both_ways_out() {
 
 #[test]
 fn it_stops_and_its_port_is_free_again() {
-    let mut inside = Inside::start(free_port());
+    let mut inside = Inside::on(free_port()).expect("it starts");
     let port = inside.address.port();
     let link = Running::start(EmbeddedBroker::reached_at(inside.address));
     link.connected();
     inside.stop();
-    let mut again = Inside::start(port);
+    let mut again = None;
+    // Children that other tests fork hold its socket until they have become another program.
+    until("the port is free", 5, || {
+        again = Inside::on(port).ok();
+        again.is_some()
+    });
     until("the link comes back", 15, || link.status().connects == 2);
-    again.stop();
 }
