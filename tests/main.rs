@@ -2,9 +2,11 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod camera;
+mod cli;
 mod config;
 mod harness;
 mod model;
 mod mqtt;
 mod queue;
+mod service;
 mod vision;

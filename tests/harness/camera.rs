@@ -14,7 +14,7 @@ use noblink::camera::{Camera, CameraStatus, State};
 use noblink::config;
 use noblink::queue::{self, Intake, LaneSettings, Ledger};
 
-use super::until;
+use super::reach;
 
 /// The configuration's defaults for a URL.
 pub(crate) fn config(id: &str, url: &str) -> config::Camera {
