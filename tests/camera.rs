@@ -448,3 +448,58 @@ fn a_probe_names_what_is_wrong() {
         assert_eq!(found.map(|_| ()), Err(wanted), "{url}");
     }
 }
+
+#[test]
+fn odd_formats_are_converted_and_the_usual_are_not() {
+    let server = server();
+    let raw = |format: &str| {
+        format!(
+            "videotestsrc is-live=true ! video/x-raw,format={format},width=640,height=360,\
+             framerate=10/1"
+        )
+    };
+    let ten_bit = format!(
+        "{} ! x265enc tune=zerolatency speed-preset=ultrafast key-int-max=10 ! h265parse \
+         ! rtph265pay name=pay0 config-interval=-1",
+        raw("I420_10LE")
+    );
+    let four_two_two = format!(
+        "{} ! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=10 ! h264parse \
+         ! rtph264pay name=pay0 config-interval=-1",
+        raw("Y42B")
+    );
+    let jpeg = format!("{} ! jpegenc ! rtpjpegpay name=pay0", raw("I420"));
+    server.mount_launch("/ten-bit", &ten_bit).unwrap();
+    server.mount_launch("/422", &four_two_two).unwrap();
+    server.mount_launch("/jpeg", &jpeg).unwrap();
+    let rig = Rig::start(vec![
+        config("a", &server.url("/ten-bit")),
+        config("b", &server.url("/422")),
+        config("c", &server.url("/jpeg")),
+    ]);
+    for (camera, codec) in [(0, "H.265"), (1, "H.264"), (2, "MJPEG")] {
+        let notes = rig.until_frames(camera, 5, secs(18));
+        assert!(notes.iter().all(|n| n.size == (640, 360) && n.luma > 1.0), "{notes:?}");
+        let stream = rig.cameras[camera].status().stream.expect("it streams");
+        assert_eq!(stream.codec.as_deref(), Some(codec));
+    }
+}
+
+#[test]
+fn every_template_is_there_and_says_whether_it_was_run() {
+    let templates = Templates::default();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut names = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().and_then(|n| n.to_str()).unwrap();
+        let built_in = templates.find(name).unwrap_or_else(|e| panic!("{e}"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!built_in.contains('#') && !built_in.contains('\n'), "{built_in}");
+        let not_run = text.lines().next().unwrap().contains("Not run on such hardware");
+        let hardware = ["rtsp-nvidia", "rtsp-v4l2", "rtsp-va", "v4l2"].contains(&name);
+        assert_eq!(not_run, hardware, "{name}");
+        names += 1;
+    }
+    assert_eq!(names, 9);
+}
