@@ -102,6 +102,9 @@ impl RtspServer {
     /// share one pipeline, as they share a camera. Replaces what was mounted there for the clients
     /// to come.
     pub fn mount_launch(&self, path: &str, launch: &str) -> anyhow::Result<()> {
+        // The server itself would only fail to answer, 20 s long, when a client comes.
+        gst::parse::launch_full(launch, None, gst::ParseFlags::FATAL_ERRORS)
+            .with_context(|| format!("the launch text of {path}"))?;
         let factory = RTSPMediaFactory::new();
         factory.set_launch(&format!("( {launch} )"));
         self.mount(path, factory)
