@@ -10,7 +10,7 @@ use noblink::camera::templates::Templates;
 use noblink::camera::{Reason, State, Transport};
 use noblink::rtsp::{RtspServer, Settings};
 
-use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, write_clip};
+use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, produce, write_clip};
 use crate::harness::secs;
 use crate::harness::wire::Wire;
 
@@ -433,6 +433,10 @@ fn a_probe_names_what_is_wrong() {
     let login = Some(("admin".to_owned(), "secret".to_owned()));
     let server = RtspServer::start(&Settings { login, ..Settings::default() }).unwrap();
     server.mount_clip("/clip", &clip(), true).unwrap();
+    let audio = "audiotestsrc is-live=true ! alawenc ! rtppcmapay name=pay0";
+    server.mount_launch("/audio", audio).unwrap();
+    let tls_pem = Some(SELF_SIGNED.to_owned());
+    let tls = RtspServer::start(&Settings { tls_pem, ..Settings::default() }).unwrap();
     let port = server.port();
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for (url, wanted) in [
@@ -440,6 +444,12 @@ fn a_probe_names_what_is_wrong() {
         (format!("rtsp://127.0.0.1:{port}/clip"), Reason::NoLogin),
         (format!("rtsp://admin:secret@127.0.0.1:{port}/x"), Reason::NoSuchPath("/x".into())),
         (format!("rtsp://{closed}/x"), Reason::Refused(closed.to_string())),
+        (format!("rtsp://admin:secret@127.0.0.1:{port}/audio"), Reason::NoVideo),
+        (
+            format!("rtsp://127.0.0.1:{}/x", tls.port()),
+            Reason::HungUp(format!("127.0.0.1:{}", tls.port())),
+        ),
+        (format!("rtsps://127.0.0.1:{port}/x"), Reason::Tls(format!("127.0.0.1:{port}"))),
         ("rtsp://no-such.invalid/x".into(), Reason::Unresolved("no-such.invalid".into())),
         ("file:///no/such.mp4".into(), Reason::NoSuchFile("file:///no/such.mp4".into())),
     ] {
@@ -447,4 +457,110 @@ fn a_probe_names_what_is_wrong() {
         let found = probe(&source, source.default_pipeline(), &Templates::default(), secs(8));
         assert_eq!(found.map(|_| ()), Err(wanted), "{url}");
     }
+}
+
+#[test]
+fn odd_formats_are_converted_and_the_usual_are_not() {
+    let server = server();
+    let raw = |format: &str| {
+        format!(
+            "videotestsrc is-live=true ! video/x-raw,format={format},width=640,height=360,\
+             framerate=10/1"
+        )
+    };
+    let ten_bit = format!(
+        "{} ! x265enc tune=zerolatency speed-preset=ultrafast key-int-max=10 ! h265parse \
+         ! rtph265pay name=pay0 config-interval=-1",
+        raw("I420_10LE")
+    );
+    let four_two_two = format!(
+        "{} ! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=10 ! h264parse \
+         ! rtph264pay name=pay0 config-interval=-1",
+        raw("Y42B")
+    );
+    let jpeg = format!("{} ! jpegenc ! rtpjpegpay name=pay0", raw("I420"));
+    server.mount_launch("/ten-bit", &ten_bit).unwrap();
+    server.mount_launch("/422", &four_two_two).unwrap();
+    server.mount_launch("/jpeg", &jpeg).unwrap();
+    let rig = Rig::start(vec![
+        config("a", &server.url("/ten-bit")),
+        config("b", &server.url("/422")),
+        config("c", &server.url("/jpeg")),
+    ]);
+    for (camera, codec) in [(0, "H.265"), (1, "H.264"), (2, "MJPEG")] {
+        let notes = rig.until_frames(camera, 5, secs(18));
+        assert!(notes.iter().all(|n| n.size == (640, 360) && n.luma > 1.0), "{notes:?}");
+        let stream = rig.cameras[camera].status().stream.expect("it streams");
+        assert_eq!(stream.codec.as_deref(), Some(codec));
+    }
+}
+
+#[test]
+fn every_template_is_there_and_says_whether_it_was_run() {
+    let templates = Templates::default();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut names = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().and_then(|n| n.to_str()).unwrap();
+        let built_in = templates.find(name).unwrap_or_else(|e| panic!("{e}"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!built_in.contains('#') && !built_in.contains('\n'), "{built_in}");
+        let not_run = text.lines().next().unwrap().contains("Not run on such hardware");
+        let hardware = ["rtsp-nvidia", "rtsp-v4l2", "rtsp-va", "v4l2"].contains(&name);
+        assert_eq!(not_run, hardware, "{name}");
+        names += 1;
+    }
+    assert_eq!(names, 9);
+}
+
+#[test]
+fn of_several_streams_the_first_video_is_taken() {
+    let server = server();
+    let video = h264(640, 360, 10);
+    let both = format!("audiotestsrc is-live=true ! alawenc ! rtppcmapay name=pay1 {video}");
+    server.mount_launch("/both", &both).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("two.mkv");
+    let picture = |width: u32, height: u32| {
+        format!(
+            "videotestsrc num-buffers=20 ! video/x-raw,width={width},height={height} \
+             ! x264enc speed-preset=ultrafast ! m."
+        )
+    };
+    produce(&format!(
+        "matroskamux name=m ! filesink location={} audiotestsrc num-buffers=40 ! vorbisenc ! m. \
+         {} {}",
+        file.display(),
+        picture(320, 240),
+        picture(640, 480)
+    ));
+    let mut played = config("b", &file_url(&file));
+    played.realtime = false;
+    let rig = Rig::start(vec![config("a", &server.url("/both")), played]);
+    let notes = rig.until_frames(0, 5, secs(15));
+    assert_eq!(notes[0].size, (640, 360));
+    rig.until(1, secs(10), |s| s.state == State::Ended);
+    let notes = rig.until_frames(1, 20, secs(1));
+    assert!(notes.len() == 20 && notes.iter().all(|n| n.size == notes[0].size), "{notes:?}");
+}
+
+#[test]
+fn a_launch_text_that_can_not_work_is_refused_at_the_mount() {
+    let error = server().mount_launch("/x", "nosuchelement ! rtph264pay name=pay0").unwrap_err();
+    assert!(format!("{error:#}").contains("nosuchelement"), "{error:#}");
+}
+
+#[test]
+fn the_status_has_its_names_on_the_wire() {
+    let rig = Rig::start(vec![config("a", "test://?width=320&height=240&fps=20")]);
+    rig.until_frames(0, 5, secs(10));
+    let status = serde_json::to_value(rig.until_streaming(0, secs(1))).unwrap();
+    assert_eq!(status["state"], "streaming");
+    assert_eq!(status["clock"], "arrival");
+    assert_eq!(status["stream"]["fps"], 20.0);
+    let keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
+    let wanted = "attempt clock clock_offset_ms connects leaked_pipelines reason retry_in_s \
+                  since_us state stream";
+    assert_eq!(keys.join(" "), wanted);
 }

@@ -113,20 +113,29 @@ pub(super) fn prefer_software() {
 pub(super) fn adopt(element: &gst::Element, watch: &Arc<Watch>, outlet: &Arc<Outlet>) {
     let Some(factory) = element.factory() else { return };
     match &*factory.name() {
-        // Everything but video stays at the camera. The handler answers whether to set a stream up.
+        // Everything but the first video stays at the camera. The handler gets a stream's number
+        // and caps, also for a second try, and answers whether to set it up.
         "rtspsrc" => {
-            element.connect("select-stream", false, |values| {
+            let first = OnceLock::new();
+            element.connect("select-stream", false, move |values| {
+                let number = values.get(1).and_then(|v| v.get::<u32>().ok());
                 let caps = values.get(2).and_then(|v| v.get::<gst::Caps>().ok());
                 let media = caps.and_then(|c| c.structure(0)?.get::<String>("media").ok());
-                Some((media.as_deref() == Some("video")).to_value())
+                let wanted =
+                    media.as_deref() == Some("video") && *first.get_or_init(|| number) == number;
+                Some(wanted.to_value())
             });
         }
-        // 1 = decode this stream, 0 = do not.
+        // It gets the collection and one of its streams, and answers 1 to decode that, else 0.
         "decodebin3" => {
             element.connect("select-stream", false, |values| {
+                let all = values.get(1).and_then(|v| v.get::<gst::StreamCollection>().ok());
                 let stream = values.get(2).and_then(|v| v.get::<gst::Stream>().ok());
-                let video = stream.is_some_and(|s| s.stream_type() == gst::StreamType::VIDEO);
-                Some(i32::from(video).to_value())
+                let is_video = |s: &gst::Stream| s.stream_type().contains(gst::StreamType::VIDEO);
+                let first = all.and_then(|all| all.iter().find(is_video));
+                let id = |s: Option<gst::Stream>| s.and_then(|s| s.stream_id());
+                let wanted = first.is_some() && id(first) == id(stream);
+                Some(i32::from(wanted).to_value())
             });
         }
         "udpsrc" => watch.decoder.udp.store(true, Ordering::Relaxed),

@@ -27,6 +27,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use clock::PLAUSIBLE;
 pub use keeper::DISMANTLE_WITHIN;
+pub use pipeline::init;
 pub use reason::Reason;
 pub use status::{CameraStatus, State, Stream, Transport};
 use supervisor::{Shared, Supervisor};

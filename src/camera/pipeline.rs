@@ -113,8 +113,9 @@ pub(super) struct Pipeline {
     watch: Arc<Watch>,
 }
 
-/// Starts GStreamer and settles which decoders are taken where a template leaves it open.
-pub(super) fn init() -> Result<(), gst::glib::Error> {
+/// Starts GStreamer and settles which decoders are taken where a template leaves it open. Cameras
+/// do it by themselves; the first time on a machine it takes some seconds, to look at all plugins.
+pub fn init() -> Result<(), gst::glib::Error> {
     static RESULT: OnceLock<Result<(), gst::glib::Error>> = OnceLock::new();
     RESULT
         .get_or_init(|| {

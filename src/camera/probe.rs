@@ -177,7 +177,7 @@ fn look(
             return match (first_at, source) {
                 (Some(_), _) => Ok(()),
                 (None, Source::Rtsp(url)) if watch.decoder.codec().is_none() => {
-                    Err(reason::ask(url, now + DISMANTLE_WITHIN))
+                    Err(reason::ask(url, None, now + DISMANTLE_WITHIN))
                 }
                 (None, _) => Err(Reason::Silence(timeout)),
             };
@@ -190,7 +190,9 @@ fn look(
             Ok(Event::Failed(failure)) => {
                 return Err(match (failure.reason(source), source) {
                     (Some(reason), _) => reason,
-                    (None, Source::Rtsp(url)) => reason::ask(url, now + DISMANTLE_WITHIN),
+                    (None, Source::Rtsp(url)) => {
+                        reason::ask(url, Some(&failure), now + DISMANTLE_WITHIN)
+                    }
                     (None, _) => Reason::Ended,
                 });
             }

@@ -5,6 +5,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
+use gst::prelude::*;
 use gst::{CoreError, ResourceError, StreamError};
 use url::Url;
 
@@ -37,15 +38,23 @@ pub enum Reason {
     /// Nobody answers at the address.
     #[error("no answer from {0}: check the address, the camera's power and firewalls")]
     NoAnswer(String),
-    /// Something accepts connections, but speaks no RTSP.
-    #[error("{0} accepts connections, but does not answer RTSP: check the port")]
+    /// Something accepts connections, but says nothing.
+    #[error(
+        "{0} accepts connections, but does not answer RTSP: check the port, restart the camera"
+    )]
     Mute(String),
+    /// Something accepts connections, but speaks no RTSP.
+    #[error("{0} closed the connection: check the port, and whether it wants rtsps://")]
+    HungUp(String),
     /// No secure connection came about.
     #[error(
-        "TLS: {0}; for a camera that signed its own certificate \
+        "TLS: no secure connection with {0}; if the camera signed its certificate itself, \
          write pipeline = \"rtsp-selfsigned\""
     )]
     Tls(String),
+    /// RTSP works, RTP over UDP does not.
+    #[error("no UDP packets arrive: check firewalls, or write pipeline = \"rtsp\" for TCP")]
+    NoUdp,
     /// Another answer than 200, 401 and 404.
     #[error("the camera answered RTSP {0}")]
     Refusal(String),
@@ -53,7 +62,7 @@ pub enum Reason {
     #[error("no decoder for this stream: {0}")]
     Codec(String),
     /// The source holds no pictures.
-    #[error("the source has no video")]
+    #[error("the source has no video, or not over this transport")]
     NoVideo,
     /// Nothing came for this long.
     #[error("no frame for {:.1} s", .0.as_secs_f64())]
@@ -84,6 +93,8 @@ enum Kind {
     Login,
     Missing,
     Codec,
+    /// No stream could be set up.
+    Nothing,
     /// Reading, writing or connecting did not work.
     Transport,
     Other,
@@ -99,7 +110,12 @@ impl Failure {
                 _ => Kind::Transport,
             }
         } else if let Some(stream) = cause.kind::<StreamError>() {
+            let source = error.src().and_then(|s| s.downcast_ref::<gst::Element>()?.factory());
             match stream {
+                // rtspsrc says so when the camera offers no video, or not over TCP or UDP.
+                StreamError::CodecNotFound if source.is_some_and(|f| f.name() == "rtspsrc") => {
+                    Kind::Nothing
+                }
                 StreamError::CodecNotFound => Kind::Codec,
                 _ => Kind::Other,
             }
@@ -115,23 +131,30 @@ impl Failure {
         Self { kind, message: cause.message().trim_end_matches('.').to_owned(), details }
     }
 
-    /// What it means for this source; `None`: the network has to be asked (`diagnose`).
+    /// What it means for this source; `None`: the network has to be asked.
     pub(super) fn reason(&self, source: &Source) -> Option<Reason> {
-        let said = match &self.details[..] {
-            "" => mask(&self.message),
-            details => mask(&format!("{}: {details}", self.message)),
-        };
         match (self.kind, source) {
             (Kind::Login, Source::Rtsp(url)) if url.username().is_empty() => Some(Reason::NoLogin),
             (Kind::Login, _) => Some(Reason::WrongLogin),
             (Kind::Missing, Source::Rtsp(url)) => Some(Reason::NoSuchPath(url.path().to_owned())),
             (Kind::Missing, other) => Some(Reason::NoSuchFile(other.to_string())),
-            (Kind::Codec, _) => Some(Reason::Codec(said)),
+            (Kind::Nothing, _) => Some(Reason::NoVideo),
+            (Kind::Codec, _) => Some(Reason::Codec(self.said())),
+            (Kind::Transport, Source::Rtsp(_)) if self.details.contains("any UDP packets") => {
+                Some(Reason::NoUdp)
+            }
             (Kind::Transport, Source::Rtsp(_)) => {
                 let (_, status) = self.details.split_once("response: ")?;
                 Some(Reason::Refusal(status.trim_end_matches('.').to_owned()))
             }
-            _ => Some(Reason::Other(said)),
+            _ => Some(Reason::Other(self.said())),
+        }
+    }
+
+    fn said(&self) -> String {
+        match &self.details[..] {
+            "" => mask(&self.message),
+            details => mask(&format!("{}: {details}", self.message)),
         }
     }
 }
@@ -139,21 +162,21 @@ impl Failure {
 /// How long a connection may take to be accepted.
 const CONNECT_WITHIN: Duration = Duration::from_millis(1_500);
 
-/// Finds out why an RTSP source can't be reached, which rtspsrc does not tell, on a thread of its
-/// own: resolving a name may take longer than anyone waits.
-pub(super) fn ask(url: &Url, give_up_at: Instant) -> Reason {
+/// Finds out why an RTSP source does not work where rtspsrc does not tell (`failure`: what it
+/// said, if anything), on a thread of its own: resolving a name may take longer than anyone waits.
+pub(super) fn ask(url: &Url, failure: Option<&Failure>, give_up_at: Instant) -> Reason {
     let (answer, answered) = bounded(1);
-    let asked = url.clone();
+    let (asked, failure) = (url.clone(), failure.cloned());
     // Nobody joins it: it ends by itself when the resolver gives up.
     let asking = std::thread::Builder::new()
         .name("ask".into())
-        .spawn(move || answer.try_send(diagnose(&asked)));
+        .spawn(move || answer.try_send(diagnose(&asked, failure.as_ref())));
     let found = asking.ok().and_then(|_| answered.recv_deadline(give_up_at).ok());
     found.unwrap_or_else(|| Reason::Unresolved(url.host_str().unwrap_or_default().to_owned()))
 }
 
 /// Connects once.
-fn diagnose(url: &Url) -> Reason {
+fn diagnose(url: &Url, failure: Option<&Failure>) -> Reason {
     let host = url.host_str().unwrap_or_default();
     let secure = url.scheme() == "rtsps";
     let port = url.port().unwrap_or(if secure { 322 } else { 554 });
@@ -162,8 +185,14 @@ fn diagnose(url: &Url) -> Reason {
         return Reason::Unresolved(host.to_owned());
     };
     match TcpStream::connect_timeout(&address, CONNECT_WITHIN) {
-        Ok(_) if secure => Reason::Tls("no secure connection came about".to_owned()),
-        Ok(_) => Reason::Mute(name),
+        Ok(_) if secure => Reason::Tls(name),
+        // rtspsrc 1.22: "Could not receive message. (Timeout while waiting for server response)"
+        Ok(_) => match failure {
+            Some(f) if f.details.contains("(Timeout") => Reason::Mute(name),
+            Some(f) if f.details.contains("Could not") => Reason::HungUp(name),
+            Some(f) => Reason::Other(f.said()),
+            None => Reason::Mute(name),
+        },
         Err(e) => match e.kind() {
             io::ErrorKind::ConnectionRefused => Reason::Refused(name),
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {

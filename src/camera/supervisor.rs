@@ -23,7 +23,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use super::clock::unix_us;
 use super::keeper::{DISMANTLE_WITHIN, Keeper};
 use super::pipeline::{Event, Outlet, Pipeline, Settings, Watch};
-use super::reason::{self, Reason};
+use super::reason::{self, Failure, Reason};
 use super::source::Source;
 use super::status::{CameraStatus, State, Stream, rate};
 use super::templates::Templates;
@@ -126,7 +126,7 @@ enum Seen {
     Called,
     Failed(Reason),
     /// The pipeline does not know why; the network may.
-    Unreachable,
+    Unreachable(Option<Failure>),
 }
 
 pub(super) struct Supervisor {
@@ -199,8 +199,8 @@ impl Supervisor {
             Seen::Over => End::Over,
             Seen::Called => End::Called,
             Seen::Failed(reason) => self.failed(reason, streaming_since),
-            Seen::Unreachable => {
-                let reason = self.ask_network(give_up_at, streaming_since.is_some());
+            Seen::Unreachable(failure) => {
+                let reason = self.ask(failure.as_ref(), give_up_at, streaming_since.is_some());
                 self.failed(reason, streaming_since)
             }
         };
@@ -263,7 +263,7 @@ impl Supervisor {
             if silent >= patience {
                 return match (source, watch.decoder.codec()) {
                     // Not even set up: rtspsrc has not noticed what is wrong.
-                    (Source::Rtsp(_), None) => Seen::Unreachable,
+                    (Source::Rtsp(_), None) => Seen::Unreachable(None),
                     _ => Seen::Failed(Reason::Silence(patience)),
                 };
             }
@@ -287,7 +287,10 @@ impl Supervisor {
                 Some(Event::Ended) if source.is_file() => return Seen::Over,
                 Some(Event::Ended) => return Seen::Failed(Reason::Ended),
                 Some(Event::Failed(failure)) => {
-                    return failure.reason(source).map_or(Seen::Unreachable, Seen::Failed);
+                    return match failure.reason(source) {
+                        Some(reason) => Seen::Failed(reason),
+                        None => Seen::Unreachable(Some(failure)),
+                    };
                 }
                 None => {}
             }
@@ -313,11 +316,11 @@ impl Supervisor {
         });
     }
 
-    fn ask_network(&self, give_up_at: Instant, streamed: bool) -> Reason {
+    fn ask(&self, failure: Option<&Failure>, give_up_at: Instant, streamed: bool) -> Reason {
         let Source::Rtsp(url) = &self.camera.source else { return Reason::Ended };
-        match reason::ask(url, give_up_at) {
+        match reason::ask(url, failure, give_up_at) {
             // The connection broke, but the camera is there.
-            Reason::Mute(_) | Reason::Tls(_) if streamed => Reason::Ended,
+            Reason::Mute(_) | Reason::HungUp(_) | Reason::Tls(_) if streamed => Reason::Ended,
             reason => reason,
         }
     }
