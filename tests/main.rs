@@ -3,5 +3,6 @@
 
 mod harness;
 mod model;
+mod parity;
 mod queue;
 mod vision;
