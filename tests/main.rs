@@ -7,6 +7,7 @@ mod config;
 mod harness;
 mod model;
 mod mqtt;
+mod parity;
 mod queue;
 mod service;
 mod vision;

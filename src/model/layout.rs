@@ -59,84 +59,92 @@ pub(super) struct Evidence {
     pub(super) head: bool,
 }
 
-/// Number of cells of one anchor each that strides from 8 on (and 4, 16, 32 alone) make.
-fn anchor_counts(evidence: &Evidence) -> Vec<usize> {
+/// Numbers of cells that neighbouring strides make together, at least `strides` of them: from the
+/// greatest (8 to 64 when the file does not say) down to 4.
+fn cell_counts(evidence: &Evidence, strides: usize) -> Vec<usize> {
     let (w, h) = evidence.input;
     let cells = |stride: usize| w.div_ceil(stride) * h.div_ceil(stride);
     let greatest = evidence.stride.map_or_else(|| vec![8, 16, 32, 64], |s| vec![s as usize]);
     let mut counts = Vec::new();
     for greatest in greatest.into_iter().filter(|s| s.is_power_of_two() && *s <= 128) {
-        let (mut stride, mut count) = (greatest, 0);
-        while stride >= 4 {
-            count += cells(stride);
-            counts.push(count);
-            stride /= 2;
-        }
+        let run = std::iter::successors(Some(greatest), |s| Some(s / 2)).take_while(|s| *s >= 4);
+        let sums = run.scan(0, |sum, stride| {
+            *sum += cells(stride);
+            Some(*sum)
+        });
+        counts.extend(sums.skip(strides - 1));
     }
     counts
 }
 
 /// Finds the one layout that everything agrees with.
 pub(super) fn recognise(evidence: &Evidence) -> Result<Layout, Refusal> {
-    let counts = anchor_counts(evidence);
-    let [a, b] = evidence.shape;
-    let anchors = |n: Option<usize>, per_cell: usize| {
-        n.is_some_and(|n| n % per_cell == 0 && counts.contains(&(n / per_cell)))
-    };
-    let mut fits = Vec::new();
-    if anchors(b, 1) && a.is_none_or(|a| a > 4) {
-        fits.push(Layout::Yolo8);
+    let counted = by_anchors(evidence);
+    let mut fits = told(evidence, counted.clone());
+    if fits.is_empty() {
+        fits = told(evidence, by_columns(evidence));
     }
-    if anchors(a, 3) && b.is_none_or(|b| b > 5) {
-        fits.push(Layout::Yolo5);
-    }
-    if anchors(a, 1) && b.is_none_or(|b| b > 5) {
-        fits.push(Layout::Yolox);
-    }
-    if fits.len() != 1 {
-        fits = by_metadata(evidence, fits);
-    }
-    match fits[..] {
-        [layout] => Ok(layout),
-        [] => Err(unknown(evidence)),
+    match (&fits[..], &counted[..]) {
+        ([layout], _) => Ok(*layout),
+        // The shape is plain; what contradicts it is the number of labels, said elsewhere.
+        ([], [layout]) => Ok(*layout),
+        ([], _) => Err(unknown(evidence)),
         _ => Err(ambiguous(evidence, &fits)),
     }
 }
 
-/// No anchor count decided: the number of labels and what the exporter wrote must.
-fn by_metadata(evidence: &Evidence, fits: Vec<Layout>) -> Vec<Layout> {
+/// The layouts whose number of anchors is the one that the input's size and the strides imply.
+fn by_anchors(evidence: &Evidence) -> Vec<Layout> {
     let [a, b] = evidence.shape;
-    let mut fits = if fits.is_empty() {
-        let mut open = Vec::new();
-        if let Some(labels) = evidence.labels {
-            if a == Some(4 + labels) {
-                open.push(Layout::Yolo8);
-            }
-            if b == Some(5 + labels) && b != Some(6) {
-                open.extend([Layout::Yolo5, Layout::Yolox]);
-            }
-        }
-        if b == Some(6) {
-            open.push(Layout::End2end);
-        }
-        if b.is_some_and(|b| b > 4) {
-            open.push(Layout::Rtdetr);
-        }
-        open
-    } else {
-        fits
-    };
-    if evidence.rtdetr {
-        fits.retain(|f| *f == Layout::Rtdetr);
-    } else if evidence.end2end == Some(true) {
-        fits.retain(|f| *f == Layout::End2end);
-    } else if evidence.end2end == Some(false) {
-        fits.retain(|f| *f != Layout::End2end);
+    let one = cell_counts(evidence, 1);
+    // Of a single stride no YOLOv5 or YOLOX is made, but [1, 300, 6] at 320x320 would look so.
+    let several = cell_counts(evidence, 2);
+    let mut fits = Vec::new();
+    if b.is_some_and(|b| one.contains(&b)) && a.is_none_or(|a| a > 4) {
+        fits.push(Layout::Yolo8);
     }
+    if b.is_none_or(|b| b > 5) {
+        if a.is_some_and(|a| a % 3 == 0 && several.contains(&(a / 3))) {
+            fits.push(Layout::Yolo5);
+        }
+        if a.is_some_and(|a| several.contains(&a)) {
+            fits.push(Layout::Yolox);
+        }
+    }
+    fits
+}
+
+/// The layouts that are possible when the number of anchors says nothing.
+fn by_columns(evidence: &Evidence) -> Vec<Layout> {
+    let [a, b] = evidence.shape;
+    let mut fits = Vec::new();
+    if let Some(labels) = evidence.labels {
+        if a == Some(4 + labels) {
+            fits.push(Layout::Yolo8);
+        }
+        if b == Some(5 + labels) && b != Some(6) {
+            fits.extend([Layout::Yolo5, Layout::Yolox]);
+        }
+    }
+    if b == Some(6) {
+        fits.push(Layout::End2end);
+    }
+    if b.is_some_and(|b| b > 4) {
+        fits.push(Layout::Rtdetr);
+    }
+    fits
+}
+
+/// Keeps what the metadata does not contradict: what the exporter wrote, the number of labels.
+fn told(evidence: &Evidence, mut fits: Vec<Layout>) -> Vec<Layout> {
+    fits.retain(|f| match f {
+        Layout::Rtdetr => evidence.end2end != Some(true) || evidence.rtdetr,
+        Layout::End2end => evidence.end2end != Some(false) && !evidence.rtdetr,
+        _ => evidence.end2end != Some(true) && !evidence.rtdetr,
+    });
     if let Some(labels) = evidence.labels {
         fits.retain(|f| {
-            let ranked = ranked(*f, evidence);
-            classes(*f, ranked, evidence.shape).is_none_or(|n| n == labels)
+            classes(*f, ranked(*f, evidence), evidence.shape).is_none_or(|n| n == labels)
         });
     }
     fits

@@ -4,6 +4,7 @@
 //! which input pixel, `preprocess` makes the tensor; `decode` reads the model's output, `nms` thins
 //! it out. The numbers are those of `ultralytics` for the same ONNX file (`tests/parity.rs`).
 
+pub mod color;
 pub mod decode;
 pub mod letterbox;
 pub mod nms;

@@ -3,18 +3,17 @@
 //! A [`Plan`] holds what depends only on the sizes (tables, scratch rows), so that a frame costs no
 //! allocation. It is made once per size of picture and reused.
 //!
-//! * RGB pixels are resized exactly as OpenCV does it for 8-bit pictures, bit by bit: horizontally
-//!   to 32-bit sums, then vertically, or by averaging 2×2 blocks at a scale of exactly 2.
-//! * YUV planes are resampled each for itself at the target's size and converted there. The result
-//!   is that of converting the full frame first, because conversion is linear (but for clipping):
-//!   for 1080p into 640×360 it is a ninth of the work. Chroma is repeated, not interpolated, over
-//!   its 2×2 pixels, as FFmpeg's converter does it.
+//! Each row of the target is made of the source rows that it needs, and of their columns if whole
+//! pixels are taken (a scale of 3: 1080p into 640): fetched, converted to RGB, blended sideways,
+//! then downwards, in the integers of OpenCV. For 8-bit RGB the result equals `cv2.resize` bit by
+//! bit; for YUV it equals what `cv2.VideoCapture` and `cv2.resize` make of it (see `color`).
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::color::ToRgb;
 use super::letterbox::{Geometry, PAD};
-use super::picture::{Color, Matrix, Picture, Pixels, Plane, Range};
+use super::picture::{Picture, Pixels, Plane};
 use super::resample::{Axis, WEIGHT_BITS};
 
 /// Order of the colour planes in the tensor.
@@ -84,56 +83,59 @@ pub struct Plan {
     scale: Scale,
     x: Axis,
     y: Axis,
-    luma_x: Taps,
-    /// `luma_x` in pixels of a chroma plane.
-    chroma_x: Taps,
-    /// The tensor's value of each byte.
-    bytes: Vec<f32>,
+    kind: Kind,
     scratch: Scratch,
 }
 
-/// A horizontal resampling for the YUV path; `weight` is `high`'s, in 256ths.
-#[derive(Debug)]
-struct Taps {
-    low: Vec<u32>,
-    high: Vec<u32>,
-    weight: Vec<u32>,
-    exact: bool,
+/// How rows are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Exactly half the size: OpenCV averages blocks of 2×2.
+    Halved,
+    /// Every column of the target is one of the source.
+    Sampled,
+    /// Columns are blended.
+    Blended,
 }
 
+/// Rows of three planes, red, green and blue one behind the other.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Three rows of the target.
-    rows: Vec<f32>,
-    /// One blended row of the source, 8 fractional bits.
-    blended: Vec<u16>,
-    /// Resampled luma, blue and red difference of one row.
-    yuv: [Vec<f32>; 3],
-    /// Two horizontally resampled RGB rows and the source rows that they are of.
+    yuv: [Vec<u8>; 3],
+    /// Source rows in RGB.
+    rgb: [Vec<u8>; 2],
+    /// Source rows blended sideways, 11 fractional bits, and which rows they are of.
     sums: [Vec<i32>; 2],
     sums_of: [Option<usize>; 2],
-    /// One finished RGB row.
-    rgb: Vec<u8>,
+    /// A row of the target.
+    bytes: Vec<u8>,
+    /// The same, for the conversion to 16-bit floats.
+    floats: Vec<f32>,
 }
 
 impl Plan {
     /// Plans for pictures placed by `geometry`.
     pub fn new(geometry: Geometry, order: Order, scale: Scale) -> Self {
-        let (width, _) = geometry.resized;
-        let x = Axis::new(geometry.source.0, geometry.resized.0);
-        let y = Axis::new(geometry.source.1, geometry.resized.1);
-        let luma_x = Taps::new(&x, |pixel| pixel);
-        let chroma_x = Taps::new(&x, |pixel| pixel / 2);
-        let bytes = (0..=255u8).map(|v| f32::from(v) / 255.0 * scale.top()).collect();
-        let scratch = Scratch {
-            rows: vec![0.0; 3 * width],
-            blended: vec![0; geometry.source.0 + 1],
-            yuv: [vec![0.0; width], vec![0.0; width], vec![0.0; width]],
-            sums: [vec![0; 3 * width], vec![0; 3 * width]],
-            sums_of: [None; 2],
-            rgb: vec![0; 3 * width],
+        let (source, resized) = (geometry.source, geometry.resized);
+        let x = Axis::columns(source.0, resized.0);
+        let y = Axis::rows(source.1, resized.1);
+        let kind = if source == (2 * resized.0, 2 * resized.1) {
+            Kind::Halved
+        } else if x.weight.iter().all(|w| w.1 == 0) {
+            Kind::Sampled
+        } else {
+            Kind::Blended
         };
-        Self { geometry, order, scale, x, y, chroma_x, luma_x, bytes, scratch }
+        let columns = if kind == Kind::Sampled { resized.0 } else { source.0 };
+        let scratch = Scratch {
+            yuv: [vec![0; columns], vec![0; columns], vec![0; columns]],
+            rgb: [vec![0; 3 * columns], vec![0; 3 * columns]],
+            sums: [vec![0; 3 * resized.0], vec![0; 3 * resized.0]],
+            sums_of: [None; 2],
+            bytes: vec![0; 3 * resized.0],
+            floats: vec![0.0; 3 * resized.0],
+        };
+        Self { geometry, order, scale, x, y, kind, scratch }
     }
 
     /// The place of the pictures.
@@ -146,7 +148,7 @@ impl Plan {
     /// # Panics
     /// If `target` is not of `3 * height * width` elements.
     pub fn write_bars(&self, target: &mut Target<'_>) {
-        let grey = self.bytes[usize::from(PAD)];
+        let grey = f32::from(PAD) * self.unit();
         match target {
             Target::F32(t) => self.each_bar(t.len(), |range| t[range].fill(grey)),
             Target::F16(t) => {
@@ -175,28 +177,31 @@ impl Plan {
             Order::Rgb => [0, area, 2 * area],
             Order::Bgr => [2 * area, area, 0],
         };
+        let unit = self.unit();
+        let to_rgb = ToRgb::new(picture.color);
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.sums_of = [None; 2];
         for row in 0..height {
+            self.row(picture, &to_rgb, row, &mut scratch);
             let at = (self.geometry.top + row) * self.geometry.input.0 + self.geometry.left;
-            let mut rows = std::mem::take(&mut scratch.rows);
-            let (r, gb) = rows.split_at_mut(width);
-            let (g, b) = gb.split_at_mut(width);
-            match picture.pixels {
-                Pixels::Rgb(plane) => self.rgb_row(plane, row, &mut scratch, [r, g, b]),
-                _ => self.yuv_row(picture, row, &mut scratch, [r, g, b]),
-            }
-            for (colour, plane) in planes.into_iter().enumerate() {
-                let from = &rows[colour * width..][..width];
+            for (bytes, plane) in scratch.bytes.chunks_exact(width).zip(planes) {
                 match target {
-                    Target::F32(t) => t[plane + at..][..width].copy_from_slice(from),
-                    Target::F16(t) => t[plane + at..][..width].convert_from_f32_slice(from),
+                    Target::F32(t) => to_floats(bytes, unit, &mut t[plane + at..][..width]),
+                    Target::F16(t) => {
+                        let floats = &mut scratch.floats[..width];
+                        to_floats(bytes, unit, floats);
+                        t[plane + at..][..width].convert_from_f32_slice(floats);
+                    }
                 }
             }
-            scratch.rows = rows;
         }
         self.scratch = scratch;
         Ok(())
+    }
+
+    /// The tensor's value of byte 1. Off by a 16-millionth from a division by 255.
+    fn unit(&self) -> f32 {
+        self.scale.top() / 255.0
     }
 
     fn check(&self, picture: &Picture<'_>) -> Result<(), PreprocessError> {
@@ -243,215 +248,170 @@ impl Plan {
         }
     }
 
-    /// One row of an RGB picture, as OpenCV's `HResizeLinear` and `VResizeLinear` make it.
-    fn rgb_row(&self, plane: Plane<'_>, row: usize, scratch: &mut Scratch, out: [&mut [f32]; 3]) {
-        let (sw, sh) = self.geometry.source;
-        let (width, height) = self.geometry.resized;
-        let line = |y: usize| &plane.data[y * plane.stride..][..3 * sw];
-        if (sw, sh) == (2 * width, 2 * height) {
-            let (upper, lower) = (line(2 * row), line(2 * row + 1));
-            for (i, to) in scratch.rgb.iter_mut().enumerate() {
-                let at = i / 3 * 6 + i % 3;
-                let four = [upper[at], upper[at + 3], lower[at], lower[at + 3]];
-                *to = ((four.map(u32::from).iter().sum::<u32>() + 2) >> 2) as u8;
+    /// Makes one row of the target in `scratch.bytes`.
+    fn row(&self, picture: &Picture<'_>, to_rgb: &ToRgb, row: usize, scratch: &mut Scratch) {
+        let Scratch { yuv, rgb, sums, sums_of, bytes, .. } = scratch;
+        let (low, high) = (self.y.low[row] as usize, self.y.high[row] as usize);
+        let weight = self.y.weight[row];
+        match self.kind {
+            Kind::Halved => {
+                let [upper, lower] = rgb;
+                fetch(picture, 2 * row, None, to_rgb, yuv, upper);
+                fetch(picture, 2 * row + 1, None, to_rgb, yuv, lower);
+                average(upper, lower, bytes);
             }
-        } else {
-            let wanted = [self.y.low[row] as usize, self.y.high[row] as usize];
-            // Upscaling, the next row's sources are often this row's: one of them swapped.
-            if scratch.sums_of[1] == Some(wanted[0]) {
-                scratch.sums.swap(0, 1);
-                scratch.sums_of.swap(0, 1);
+            Kind::Sampled if weight.1 == 0 => {
+                fetch(picture, low, Some(&self.x.low), to_rgb, yuv, bytes);
             }
-            for (n, y) in wanted.into_iter().enumerate() {
-                if scratch.sums_of[n] != Some(y) {
-                    self.sum_row(line(y), &mut scratch.sums[n]);
-                    scratch.sums_of[n] = Some(y);
+            Kind::Sampled | Kind::Blended => {
+                // Upscaling, the next row's upper source is often this row's lower one.
+                if sums_of[1] == Some(low) {
+                    sums.swap(0, 1);
+                    sums_of.swap(0, 1);
                 }
-            }
-            let (low, high) = self.y.weight[row];
-            let (low, high) = (i32::from(low), i32::from(high));
-            let [upper, lower] = &scratch.sums;
-            for ((to, a), b) in scratch.rgb.iter_mut().zip(upper).zip(lower) {
-                *to = ((((low * (a >> 4)) >> 16) + ((high * (b >> 4)) >> 16) + 2) >> 2) as u8;
-            }
-        }
-        for (colour, out) in out.into_iter().enumerate() {
-            for (to, rgb) in out.iter_mut().zip(scratch.rgb.chunks_exact(3)) {
-                *to = self.bytes[usize::from(rgb[colour])];
-            }
-        }
-    }
-
-    fn sum_row(&self, line: &[u8], sums: &mut [i32]) {
-        let taps = self.x.low.iter().zip(&self.x.high).zip(&self.x.weight);
-        for (to, ((low, high), weight)) in sums.chunks_exact_mut(3).zip(taps) {
-            let a = &line[3 * *low as usize..][..3];
-            let b = &line[3 * *high as usize..][..3];
-            let (wa, wb) = (i32::from(weight.0), i32::from(weight.1));
-            for colour in 0..3 {
-                to[colour] = i32::from(a[colour]) * wa + i32::from(b[colour]) * wb;
+                for (n, y) in [low, high].into_iter().enumerate() {
+                    if sums_of[n] == Some(y) {
+                        continue;
+                    }
+                    let columns = (self.kind == Kind::Sampled).then_some(&self.x.low[..]);
+                    fetch(picture, y, columns, to_rgb, yuv, &mut rgb[0]);
+                    match self.kind {
+                        Kind::Sampled => weigh(&rgb[0], &mut sums[n]),
+                        _ => self.blend(&rgb[0], &mut sums[n]),
+                    }
+                    sums_of[n] = Some(y);
+                }
+                let [upper, lower] = sums;
+                combine(upper, lower, weight, bytes);
             }
         }
     }
 
-    fn yuv_row(
-        &self,
-        picture: &Picture<'_>,
-        row: usize,
-        scratch: &mut Scratch,
-        out: [&mut [f32]; 3],
-    ) {
-        let width = self.geometry.source.0;
-        let half = width.div_ceil(2);
-        let rows = Rows {
-            low: self.y.low[row] as usize,
-            high: self.y.high[row] as usize,
-            weight: eight_bits(self.y.weight[row].1),
-        };
-        let Scratch { blended, yuv: [luma, blue, red], .. } = scratch;
-        match picture.pixels {
-            Pixels::I420 { y, u, v } => {
-                self.luma_x.gather::<1>(rows.of(y, width, blended), 0, luma);
-                self.chroma_x.gather::<1>(rows.halved().of(u, half, blended), 0, blue);
-                self.chroma_x.gather::<1>(rows.halved().of(v, half, blended), 0, red);
-            }
-            Pixels::Nv12 { y, uv } => {
-                self.luma_x.gather::<1>(rows.of(y, width, blended), 0, luma);
-                let line = rows.halved().of(uv, 2 * half, blended);
-                self.chroma_x.gather::<2>(line, 0, blue);
-                self.chroma_x.gather::<2>(line, 1, red);
-            }
-            Pixels::Rgb(_) => unreachable!("RGB pictures take the other path"),
-        }
-        ToRgb::new(picture.color, self.scale.top()).row([luma, blue, red], out);
-    }
-}
-
-fn eight_bits(weight: u16) -> u16 {
-    let shift = WEIGHT_BITS - 8;
-    (weight + (1 << (shift - 1))) >> shift
-}
-
-/// Two rows of a plane that make one of the target; `weight` is the second's, in 256ths.
-#[derive(Clone, Copy)]
-struct Rows {
-    low: usize,
-    high: usize,
-    weight: u16,
-}
-
-/// A row to resample horizontally.
-#[derive(Clone, Copy)]
-enum Line<'a> {
-    /// As it is in the picture.
-    Bytes(&'a [u8]),
-    /// Two rows blended, 8 fractional bits.
-    Blended(&'a [u16]),
-}
-
-impl Rows {
-    fn halved(self) -> Self {
-        Self { low: self.low / 2, high: self.high / 2, weight: self.weight }
-    }
-
-    fn of<'a>(self, plane: Plane<'a>, bytes: usize, blended: &'a mut [u16]) -> Line<'a> {
-        let line = |y: usize| &plane.data[y * plane.stride..][..bytes];
-        if self.weight == 0 || self.low == self.high {
-            return Line::Bytes(line(self.low));
-        }
-        let blended = &mut blended[..bytes];
-        for ((to, a), b) in blended.iter_mut().zip(line(self.low)).zip(line(self.high)) {
-            *to = u16::from(*a) * (256 - self.weight) + u16::from(*b) * self.weight;
-        }
-        Line::Blended(blended)
-    }
-}
-
-impl Taps {
-    fn new(axis: &Axis, pixel: impl Fn(u32) -> u32) -> Self {
-        let low: Vec<_> = axis.low.iter().map(|p| pixel(*p)).collect();
-        let high: Vec<_> = axis.high.iter().map(|p| pixel(*p)).collect();
-        let weight: Vec<_> = axis.weight.iter().map(|w| u32::from(eight_bits(w.1))).collect();
-        let exact = low.iter().zip(&high).zip(&weight).all(|((l, h), w)| *w == 0 || l == h);
-        Self { low, high, weight, exact }
-    }
-
-    /// Resamples every `STEP`th element of `line`, from `offset` on, into `out`, as 0.0..=255.0.
-    fn gather<const STEP: usize>(&self, line: Line<'_>, offset: usize, out: &mut [f32]) {
-        match line {
-            Line::Bytes(line) => self.gather_of::<STEP, _>(line, offset, 1.0, out),
-            Line::Blended(line) => self.gather_of::<STEP, _>(line, offset, 1.0 / 256.0, out),
-        }
-    }
-
-    fn gather_of<const STEP: usize, T: Copy + Into<u32>>(
-        &self,
-        line: &[T],
-        offset: usize,
-        unit: f32,
-        out: &mut [f32],
-    ) {
-        let at = |pixel: u32| -> u32 { line[pixel as usize * STEP + offset].into() };
-        if self.exact {
-            for (to, low) in out.iter_mut().zip(&self.low) {
-                *to = at(*low) as f32 * unit;
-            }
-        } else {
-            let unit = unit / 256.0;
-            let taps = self.low.iter().zip(&self.high).zip(&self.weight);
-            for (to, ((low, high), weight)) in out.iter_mut().zip(taps) {
-                *to = (at(*low) * (256 - weight) + at(*high) * weight) as i32 as f32 * unit;
+    /// Sideways: OpenCV's `HResizeLinear`.
+    fn blend(&self, rgb: &[u8], sums: &mut [i32]) {
+        let (source, width) = (self.geometry.source.0, self.geometry.resized.0);
+        for (rgb, sums) in rgb.chunks_exact(source).zip(sums.chunks_exact_mut(width)) {
+            let taps = self.x.low.iter().zip(&self.x.high).zip(&self.x.weight);
+            for (to, ((low, high), weight)) in sums.iter_mut().zip(taps) {
+                let (a, b) = (rgb[*low as usize], rgb[*high as usize]);
+                *to = i32::from(a) * i32::from(weight.0) + i32::from(b) * i32::from(weight.1);
             }
         }
     }
 }
 
-/// YUV bytes to RGB in 0..=`top`.
-struct ToRgb {
-    luma: f32,
-    black: f32,
-    red_by_red: f32,
-    green_by_red: f32,
-    green_by_blue: f32,
-    blue_by_blue: f32,
-    top: f32,
+/// Downwards: OpenCV's `VResizeLinear`.
+fn combine(upper: &[i32], lower: &[i32], weight: (u16, u16), out: &mut [u8]) {
+    let (wa, wb) = (i32::from(weight.0), i32::from(weight.1));
+    for ((to, a), b) in out.iter_mut().zip(upper).zip(lower) {
+        *to = ((((wa * (a >> 4)) >> 16) + ((wb * (b >> 4)) >> 16) + 2) >> 2) as u8;
+    }
 }
 
-impl ToRgb {
-    /// The constants of ITU-R BT.601 and BT.709, from their red and blue luma shares.
-    fn new(color: Color, top: f32) -> Self {
-        let (kr, kb) = match color.matrix {
-            Matrix::Bt601 => (0.299, 0.114),
-            Matrix::Bt709 => (0.2126, 0.0722),
-        };
-        let kg = 1.0 - kr - kb;
-        let (black, luma, chroma) = match color.range {
-            Range::Limited => (16.0, 255.0 / 219.0, 255.0 / 224.0),
-            Range::Full => (0.0, 1.0, 1.0),
-        };
-        let unit = top / 255.0;
-        Self {
-            luma: luma * unit,
-            black: black * luma * unit,
-            red_by_red: 2.0 * (1.0 - kr) * chroma * unit,
-            green_by_red: 2.0 * kr * (1.0 - kr) / kg * chroma * unit,
-            green_by_blue: 2.0 * kb * (1.0 - kb) / kg * chroma * unit,
-            blue_by_blue: 2.0 * (1.0 - kb) * chroma * unit,
-            top,
+fn weigh(rgb: &[u8], sums: &mut [i32]) {
+    for (to, v) in sums.iter_mut().zip(rgb) {
+        *to = i32::from(*v) << WEIGHT_BITS;
+    }
+}
+
+fn average(upper: &[u8], lower: &[u8], out: &mut [u8]) {
+    // The source may end in the third plane's last pair: its length is twice the target's.
+    let pairs = upper.chunks_exact(2).zip(lower.chunks_exact(2));
+    for (to, (a, b)) in out.iter_mut().zip(pairs) {
+        let sum = u16::from(a[0]) + u16::from(a[1]) + u16::from(b[0]) + u16::from(b[1]);
+        *to = ((sum + 2) >> 2) as u8;
+    }
+}
+
+fn to_floats(bytes: &[u8], unit: f32, out: &mut [f32]) {
+    for (to, v) in out.iter_mut().zip(bytes) {
+        *to = f32::from(*v) * unit;
+    }
+}
+
+/// Fetches row `y` of a picture, or of that row the given columns, as planes of RGB.
+fn fetch(
+    picture: &Picture<'_>,
+    y: usize,
+    columns: Option<&[u32]>,
+    to_rgb: &ToRgb,
+    [luma, blue, red]: &mut [Vec<u8>; 3],
+    rgb: &mut [u8],
+) {
+    let width = picture.width;
+    match (picture.pixels, columns) {
+        (Pixels::Rgb(plane), None) => {
+            let (r, g, b) = thirds(rgb);
+            let line = &line(plane, y)[..3 * width];
+            for (((r, g), b), pixel) in r.iter_mut().zip(g).zip(b).zip(line.chunks_exact(3)) {
+                (*r, *g, *b) = (pixel[0], pixel[1], pixel[2]);
+            }
+        }
+        (Pixels::Rgb(plane), Some(columns)) => {
+            let line = &line(plane, y)[..3 * width];
+            for (n, out) in rgb.chunks_exact_mut(columns.len()).enumerate() {
+                pick(line, columns, |x| 3 * x + n, out);
+            }
+        }
+        (Pixels::I420 { y: luma_plane, u, v }, None) => {
+            spread(line(u, y / 2), blue);
+            spread(line(v, y / 2), red);
+            to_rgb.planes([&line(luma_plane, y)[..width], blue, red], thirds(rgb));
+        }
+        (Pixels::Nv12 { y: luma_plane, uv }, None) => {
+            spread_two(line(uv, y / 2), blue, red);
+            to_rgb.planes([&line(luma_plane, y)[..width], blue, red], thirds(rgb));
+        }
+        (Pixels::I420 { y: luma_plane, u, v }, Some(columns)) => {
+            pick(line(luma_plane, y), columns, |x| x, luma);
+            pick(line(u, y / 2), columns, |x| x / 2, blue);
+            pick(line(v, y / 2), columns, |x| x / 2, red);
+            to_rgb.planes([luma, blue, red], thirds(rgb));
+        }
+        (Pixels::Nv12 { y: luma_plane, uv }, Some(columns)) => {
+            pick(line(luma_plane, y), columns, |x| x, luma);
+            pick(line(uv, y / 2), columns, |x| x & !1, blue);
+            pick(line(uv, y / 2), columns, |x| x | 1, red);
+            to_rgb.planes([luma, blue, red], thirds(rgb));
         }
     }
+}
 
-    fn row(&self, [luma, blue, red]: [&[f32]; 3], [r, g, b]: [&mut [f32]; 3]) {
-        let n = luma.len();
-        // Equal lengths, said once, spare the loop its bounds checks.
-        let (blue, red) = (&blue[..n], &red[..n]);
-        let (r, g, b) = (&mut r[..n], &mut g[..n], &mut b[..n]);
-        for i in 0..n {
-            let y = luma[i] * self.luma - self.black;
-            let (u, v) = (blue[i] - 128.0, red[i] - 128.0);
-            r[i] = (y + v * self.red_by_red).max(0.0).min(self.top);
-            g[i] = (y - v * self.green_by_red - u * self.green_by_blue).max(0.0).min(self.top);
-            b[i] = (y + u * self.blue_by_blue).max(0.0).min(self.top);
-        }
+fn line(plane: Plane<'_>, y: usize) -> &[u8] {
+    &plane.data[y * plane.stride..]
+}
+
+fn thirds(rgb: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
+    let (r, gb) = rgb.split_at_mut(rgb.len() / 3);
+    let (g, b) = gb.split_at_mut(gb.len() / 2);
+    (r, g, b)
+}
+
+fn pick(line: &[u8], columns: &[u32], at: impl Fn(usize) -> usize, out: &mut [u8]) {
+    for (to, x) in out.iter_mut().zip(columns) {
+        *to = line[at(*x as usize)];
+    }
+}
+
+/// Repeats each sample over its two pixels.
+fn spread(half: &[u8], out: &mut [u8]) {
+    let pairs = out.len() / 2;
+    for (pair, c) in out.chunks_exact_mut(2).zip(half) {
+        (pair[0], pair[1]) = (*c, *c);
+    }
+    if let [last] = &mut out[2 * pairs..] {
+        *last = half[pairs];
+    }
+}
+
+/// The same for interleaved samples.
+fn spread_two(half: &[u8], blue: &mut [u8], red: &mut [u8]) {
+    let pairs = blue.len() / 2;
+    let outs = blue.chunks_exact_mut(2).zip(red.chunks_exact_mut(2));
+    for ((b, r), uv) in outs.zip(half.chunks_exact(2)) {
+        (b[0], b[1], r[0], r[1]) = (uv[0], uv[0], uv[1], uv[1]);
+    }
+    if let ([b], [r]) = (&mut blue[2 * pairs..], &mut red[2 * pairs..]) {
+        (*b, *r) = (half[2 * pairs], half[2 * pairs + 1]);
     }
 }

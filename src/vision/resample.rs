@@ -21,11 +21,22 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// The tables from `source` to `target` pixels, both at least 1.
-    pub fn new(source: usize, target: usize) -> Self {
+    /// The columns from `source` to `target` pixels, both at least 1. A position beyond the first
+    /// or last column is that column.
+    pub fn columns(source: usize, target: usize) -> Self {
+        Self::new(source, target, true)
+    }
+
+    /// The rows. Beyond the first or last row the weights stay as they are and both sources are
+    /// that row: the same but for the last bit, which OpenCV rounds twice then.
+    pub fn rows(source: usize, target: usize) -> Self {
+        Self::new(source, target, false)
+    }
+
+    fn new(source: usize, target: usize, snap: bool) -> Self {
         let scale = 1.0 / (target as f64 / source as f64);
         let one = f32::from(1u16 << WEIGHT_BITS);
-        let last = source - 1;
+        let last = source as i64 - 1;
         let mut axis = Self {
             low: Vec::with_capacity(target),
             high: Vec::with_capacity(target),
@@ -34,17 +45,16 @@ impl Axis {
         for d in 0..target {
             let position = ((d as f64 + 0.5) * scale - 0.5) as f32;
             let floor = position.floor();
-            let (low, fraction) = match floor as i64 {
-                below if below < 0 => (0, 0.0),
-                at if at as usize >= last => (last, 0.0),
-                at => (at as usize, position - floor),
-            };
+            let fraction = position - floor;
+            let (low, high) = (floor as i64, floor as i64 + 1);
+            let outside = low < 0 || low >= last;
+            let fraction = if snap && outside { 0.0 } else { fraction };
             let weight = (
                 ((1.0 - fraction) * one).round_ties_even() as u16,
                 (fraction * one).round_ties_even() as u16,
             );
-            axis.low.push(low as u32);
-            axis.high.push((low + 1).min(last) as u32);
+            axis.low.push(low.clamp(0, last) as u32);
+            axis.high.push(high.clamp(0, last) as u32);
             axis.weight.push(weight);
         }
         axis
