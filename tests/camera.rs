@@ -540,7 +540,7 @@ fn of_several_streams_the_first_video_is_taken() {
     let rig = Rig::start(vec![config("a", &server.url("/both")), played]);
     let notes = rig.until_frames(0, 5, secs(15));
     assert_eq!(notes[0].size, (640, 360));
-    rig.until(1, secs(10), |s| s.state == State::Ended);
+    rig.reach(1, secs(10), |s| s.state == State::Ended);
     let notes = rig.until_frames(1, 20, secs(1));
     assert!(notes.len() == 20 && notes.iter().all(|n| n.size == notes[0].size), "{notes:?}");
 }
