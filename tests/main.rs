@@ -9,5 +9,6 @@ mod model;
 mod mqtt;
 mod parity;
 mod queue;
+mod rules;
 mod service;
 mod vision;
