@@ -1,6 +1,6 @@
 //! The thread `pipe-<name>`: owns a pipeline from its building to its end.
 //!
-//! Each of its state changes may block: on a dead server for some 20 s, on a device or a network folder for
+//! Each step of it may block: on a dead server for some 20 s, on a device or a network folder for
 //! ever. So whoever started the keeper waits [`DISMANTLE_WITHIN`] for it and then goes on without
 //! it; it counts as leaked until it is gone after all.
 

@@ -162,7 +162,7 @@ impl Pipeline {
         pipeline.connect_deep_element_added(move |_, _, element| adopt(element));
         aim(&pipeline, source)?;
         let sink = pipeline.by_name(SINK).and_then(|e| e.downcast::<AppSink>().ok());
-        let sink = sink.expect("the text above ends in it");
+        let sink = sink.ok_or(format!("the template names an element of its own {SINK}"))?;
         prepare(&sink, settings, Arc::clone(watch), outlet, events.clone());
         let bus = pipeline.bus().expect("a pipeline has a bus");
         bus.set_sync_handler(move |_, message| {
