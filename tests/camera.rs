@@ -578,12 +578,12 @@ fn a_pipeline_that_hangs_is_given_up_and_counted() {
     ]);
     rig.until_frames(1, 5, secs(10));
     rig.cameras[0].set_enabled(false);
-    rig.until(0, secs(3), |s| s.state == State::Disabled && s.leaked_pipelines == 1);
+    rig.reach(0, secs(3), |s| s.state == State::Disabled && s.leaked_pipelines == 1);
     rig.cameras[0].set_enabled(true);
-    rig.until(0, secs(1), |s| s.state == State::Connecting && s.leaked_pipelines == 1);
+    rig.reach(0, secs(1), |s| s.state == State::Connecting && s.leaked_pipelines == 1);
     rig.until_more(1, 5, secs(2));
     // It is opened more than once: a writer comes for each.
-    rig.until(0, secs(3), |s| {
+    rig.reach(0, secs(3), |s| {
         let flags = nix::libc::O_NONBLOCK;
         let _ = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(&fifo);
         s.leaked_pipelines == 0

@@ -26,12 +26,13 @@ fn sources() -> Vec<(String, String)> {
 
 /// Files that use a crate, comments aside.
 fn users_of(krate: &str) -> Vec<String> {
+    let path = format!("{krate}::");
     let uses = |text: &str| {
         text.lines().any(|line| {
             let code = line.split("//").next().unwrap_or("");
-            code.contains(&format!("{krate}::"))
-                && !code.contains(&format!("_{krate}::"))
-                && !code.contains(&format!("::{krate}::"))
+            code.match_indices(&path).any(|(at, _)| {
+                !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
+            })
         })
     };
     let mut users: Vec<_> =
@@ -56,9 +57,10 @@ fn nothing_but_rumqttc_depends_on_the_old_webpki() {
     let packages = lock["package"].as_array().unwrap();
     let depends = |package: &&toml::Value| {
         let dependencies = package.get("dependencies").and_then(|d| d.as_array());
-        dependencies.into_iter().flatten().any(|d| {
-            d.as_str().is_some_and(|d| d.starts_with("rustls-webpki 0.102"))
-        })
+        dependencies
+            .into_iter()
+            .flatten()
+            .any(|d| d.as_str().is_some_and(|d| d.starts_with("rustls-webpki 0.102")))
     };
     let users: Vec<_> =
         packages.iter().filter(depends).map(|p| p["name"].as_str().unwrap()).collect();
