@@ -5,4 +5,5 @@ mod harness;
 mod model;
 mod parity;
 mod queue;
+mod refusals;
 mod vision;
