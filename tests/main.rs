@@ -9,6 +9,7 @@ mod model;
 mod mqtt;
 mod parity;
 mod queue;
+mod refusals;
 mod rules;
 mod service;
 mod vision;
