@@ -290,10 +290,10 @@ fn the_slot_hands_out_what_was_put_in_last() {
     let slot = Slot::default();
     assert!(slot.load().is_none());
     let model = Arc::new(build(&Detector::new(Output::Yolo8, 64, 64)).expect("it works"));
-    let first = Arc::new(Live { model: Arc::clone(&model), epoch: 1 });
+    let first = Live::new(Arc::clone(&model), 1, None);
     assert!(slot.swap(Some(first)).is_none());
     let held = slot.load().expect("it was put in");
-    let retired = slot.swap(Some(Arc::new(Live { model, epoch: 2 }))).expect("the first");
+    let retired = slot.swap(Some(Live::new(model, 2, None))).expect("the first");
     assert_eq!((held.epoch, retired.epoch), (1, 1));
     assert_eq!(slot.load().map(|l| l.epoch), Some(2));
 }
