@@ -9,4 +9,5 @@ pub mod config;
 pub mod model;
 pub mod mqtt;
 pub mod queue;
+pub mod update;
 pub mod vision;
