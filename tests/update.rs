@@ -3,6 +3,8 @@
 
 mod machine;
 mod machine_random;
+mod manifest;
+mod signature;
 
 use noblink::update::digest::Digest;
 use noblink::update::event::{Effect, Event};
