@@ -3,12 +3,16 @@
 mod commands;
 pub mod digest;
 pub mod event;
+pub mod failpoint;
 pub mod job;
 mod json;
+pub mod keeper;
 pub mod machine;
 pub mod manifest;
 pub mod policy;
+pub mod registry;
 pub mod signature;
 mod start;
+pub mod store;
 
 pub use start::{Origin, start_order};

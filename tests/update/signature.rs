@@ -29,7 +29,7 @@ fn both_forms_of_the_tool_are_verified() {
     let message = fixture("manifest.json");
     for form in ["legacy.minisig", "prehashed.minisig"] {
         let key = fixture_key();
-        let id = verify(&[key.clone()], &fixture(form), message.as_bytes());
+        let id = verify(std::slice::from_ref(&key), &fixture(form), message.as_bytes());
         assert_eq!(id, Ok(key.id()), "{form}");
     }
 }
