@@ -2,8 +2,10 @@
 
 mod commands;
 pub mod digest;
+mod entry;
 pub mod event;
 pub mod failpoint;
+pub mod inbox;
 pub mod job;
 mod json;
 pub mod keeper;
@@ -11,6 +13,7 @@ pub mod machine;
 pub mod manifest;
 pub mod policy;
 pub mod registry;
+mod rejected;
 pub mod signature;
 mod start;
 pub mod store;
