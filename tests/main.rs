@@ -12,4 +12,5 @@ mod queue;
 mod refusals;
 mod rules;
 mod service;
+mod update;
 mod vision;
