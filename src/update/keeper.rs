@@ -121,7 +121,10 @@ impl Keeper {
     /// is not made, its job FAILED. Everything else goes on from memory (a rollback must work on a
     /// full disk) and is written with the next commit that succeeds; a process that dies before
     /// finds the older state, which is a state that was.
-    pub fn handle(&mut self, event: Event) -> Vec<Effect> {
+    ///
+    /// `first` is called, before the disk is asked, with what must not wait for it: the swap back
+    /// from a model that failed on probation.
+    pub fn handle(&mut self, event: Event, first: &mut dyn FnMut(Effect)) -> Vec<Effect> {
         let incoming = match &event {
             Event::Install { command, .. } => Some(command.id.clone()),
             _ => None,
@@ -129,10 +132,16 @@ impl Keeper {
         let now = event.now();
         let (next, mut effects) = step(self.state.clone(), event);
         let commit = effects.iter().position(|e| matches!(e, Effect::Commit(_)));
-        let Some(Effect::Commit(changes)) = commit.map(|at| effects.remove(at)) else {
+        let Some(at) = commit else {
             self.state = next;
             return effects;
         };
+        let rest = effects.split_off(at + 1);
+        let Some(Effect::Commit(changes)) = effects.pop() else {
+            unreachable!("a commit was found there");
+        };
+        effects.into_iter().for_each(&mut *first);
+        let effects = rest;
         let Err(e) = self.commit(changes.clone()) else {
             self.state = next;
             return effects;
@@ -144,7 +153,7 @@ impl Keeper {
         let held = |s: &State| s.job.as_ref().is_some_and(|j| j.holds_slot());
         let forward = next.job.as_ref().filter(|j| j.command().is_some() && !held(&self.state));
         if let Some(job) = forward.filter(|j| j.phase == Some(Phase::Switching)) {
-            return self.handle(Event::StorageFailed { now, serial: job.serial, reason });
+            return self.handle(Event::StorageFailed { now, serial: job.serial, reason }, first);
         }
         self.unsaved.extend(changes);
         let excess = self.unsaved.len().saturating_sub(UNSAVED_MAX);

@@ -20,6 +20,10 @@ use noblink::update::start_order;
 use super::{command, store::open};
 
 const DIR: &str = "NOBLINK_TEST_DIR";
+/// Models fail on probation.
+const FAIL: &str = "NOBLINK_TEST_FAIL";
+/// The service gets a command to roll back, again with each start as from a retrying sender.
+const BACK: &str = "NOBLINK_TEST_BACK";
 
 /// Runs one of the ignored tests in a process of its own.
 pub(crate) fn in_a_process(test: &str, env: &[(&str, &str)]) {
@@ -47,6 +51,15 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as i64
 }
 
+/// What a subscriber sees: the epochs of events, and their models.
+fn live(dir: &Path, model: Option<Digest>, epoch: u64) {
+    use std::io::Write;
+    let path = dir.join("events");
+    let mut file = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
+    let model = model.map_or("none".to_owned(), |d| d.to_string());
+    file.write_all(format!("{epoch} {model}\n").as_bytes()).unwrap();
+}
+
 /// A service without cameras: every step goes well, and each swap is noted as its worker's events
 /// would show it.
 struct Service<'a> {
@@ -71,7 +84,7 @@ impl Service<'_> {
         if let Some(digest) = model {
             service.keeper.store().load(&digest).expect("what the slot names can be loaded");
         }
-        service.live(model, service.keeper.state().slot.epoch);
+        live(dir, model, service.keeper.state().slot.epoch);
         service.handle(Event::Running {
             now: now(),
             model,
@@ -82,17 +95,12 @@ impl Service<'_> {
         service
     }
 
-    /// What a subscriber sees: the epochs of events, and their models.
-    fn live(&self, model: Option<Digest>, epoch: u64) {
-        use std::io::Write;
-        let path = self.dir.join("events");
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        let model = model.map_or("none".to_owned(), |d| d.to_string());
-        file.write_all(format!("{epoch} {model}\n").as_bytes()).unwrap();
-    }
-
     fn handle(&mut self, event: Event) {
-        for effect in self.keeper.handle(event) {
+        let mut first = |effect| match effect {
+            Effect::Swap { to, epoch, .. } => live(self.dir, to, epoch),
+            other => panic!("{other:?} could wait for the disk"),
+        };
+        for effect in self.keeper.handle(event, &mut first) {
             self.act(effect);
         }
     }
@@ -115,8 +123,12 @@ impl Service<'_> {
             Effect::Prove { serial } => (serial, Step::Proved { ask: None }),
             Effect::Load { serial } => (serial, Step::Loaded),
             Effect::Swap { serial, to, epoch } => {
-                self.live(to, epoch);
+                live(self.dir, to, epoch);
                 (serial, Step::Switched)
+            }
+            Effect::Watch { serial } if std::env::var_os(FAIL).is_some() => {
+                let reason = Reason::new("nan_output", "for the test");
+                return self.handle(Event::ProbationFailed { now: now(), serial, reason });
             }
             Effect::Watch { serial } => (serial, Step::Passed),
             Effect::Collect => {
@@ -181,6 +193,11 @@ fn service() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let dir = Path::new(&dir);
     let mut service = Service::new(dir);
+    if std::env::var_os(BACK).is_some() {
+        let (id, from) = ("back".to_owned(), "test".to_owned());
+        let (way, to, warm, in_store) = (Way::Cli, None, false, true);
+        service.handle(Event::Rollback { now: now(), id, way, from, to, warm, in_store });
+    }
     service.serve();
     service.handle(Event::Stop { now: now() });
 }
@@ -258,50 +275,135 @@ fn serve(dir: &Path, env: &[(&str, &str)]) -> ExitStatus {
     run("update::cuts::service", &[&[(DIR, dir)], env].concat())
 }
 
+/// Kills the service at each failpoint that it passes, in a copy of `base` each, and hands over
+/// what is left. Returns the number of cuts.
+fn each_cut(
+    base: &Path,
+    env: &[(&str, &str)],
+    prepare: impl Fn(&Path),
+    recovered: impl Fn(&Path, usize),
+) -> usize {
+    for cut in 1.. {
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(base, dir.path());
+        prepare(dir.path());
+        let nth = format!("#{cut}");
+        let status = serve(dir.path(), &[env, &[(VARIABLE, &nth)]].concat());
+        check(dir.path());
+        if !status.success() {
+            assert_eq!(status.signal(), Some(9), "cut {cut}: {status}");
+        }
+        recovered(dir.path(), cut);
+        // I8: and it takes the next one.
+        let next = drop_model(dir.path(), "next");
+        assert!(serve(dir.path(), &[]).success(), "cut {cut}");
+        assert_eq!(check(dir.path()), Some(next), "cut {cut}");
+        assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0, "I6");
+        if status.success() {
+            return cut - 1;
+        }
+    }
+    unreachable!("an install ends")
+}
+
+/// A service that has run `first`, and then `second`.
+fn base(models: &[&str]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for model in models {
+        let digest = drop_model(dir.path(), model);
+        assert!(serve(dir.path(), &[]).success());
+        assert_eq!(check(dir.path()), Some(digest));
+    }
+    dir
+}
+
+/// How the jobs of a model ended.
+fn ends(dir: &Path, model: Digest) -> Vec<JobState> {
+    let jobs = open(dir).registry().jobs(usize::MAX).unwrap();
+    jobs.into_iter().filter(|j| j.digest == Some(model)).map(|j| j.state).collect()
+}
+
 #[test]
 fn a_kill_at_any_step_of_an_install_leaves_the_old_model_or_the_new_one() {
-    let base = tempfile::tempdir().unwrap();
-    let a = drop_model(base.path(), "first");
-    assert!(serve(base.path(), &[]).success());
-    assert_eq!(check(base.path()), Some(a));
-
-    let mut cut = 0;
-    loop {
-        cut += 1;
-        let dir = tempfile::tempdir().unwrap();
-        copy_dir(base.path(), dir.path());
-        let b = drop_model(dir.path(), "second");
-        let status = serve(dir.path(), &[(VARIABLE, &format!("#{cut}"))]);
-        let active = check(dir.path());
-        if status.success() {
-            assert_eq!(active, Some(b));
-            break;
-        }
-        assert_eq!(status.signal(), Some(9), "{status}");
+    let [a, b] = ["first", "second"].map(|m| Digest::of(m.as_bytes()));
+    let prepare = |dir: &Path| {
+        drop_model(dir, "second");
+    };
+    let cuts = each_cut(base(&["first"]).path(), &[], prepare, |dir, cut| {
+        let keeper = open(dir);
+        let active = keeper.state().slot.active;
         assert!(active == Some(a) || active == Some(b), "cut {cut}: {active:?}");
-        let highest = open(dir.path()).state().highest_signed;
-
+        let highest = keeper.state().highest_signed;
+        drop(keeper);
         // The next start finishes what was begun, once.
-        assert!(serve(dir.path(), &[]).success(), "cut {cut}");
-        assert_eq!(check(dir.path()), Some(b), "cut {cut}");
-        let keeper = open(dir.path());
-        let of_b = |j: &noblink::update::job::Job| j.digest == Some(b);
-        let jobs = keeper.registry().jobs(usize::MAX).unwrap();
-        let ends: Vec<_> = jobs.into_iter().filter(of_b).map(|j| j.state).collect();
-        assert_eq!(ends, [JobState::Succeeded], "cut {cut}");
+        assert!(serve(dir, &[]).success(), "cut {cut}");
+        assert_eq!(check(dir), Some(b), "cut {cut}");
+        assert_eq!(ends(dir, b), [JobState::Succeeded], "cut {cut}");
+        let keeper = open(dir);
         assert!(keeper.state().highest_signed >= highest, "I5");
-        assert_eq!(fs::read_dir(dir.path().join("staging")).unwrap().count(), 0, "I6");
         let blobs: BTreeSet<_> = keeper.store().list().unwrap().into_iter().collect();
         assert_eq!(blobs, BTreeSet::from([a, b]), "cut {cut}");
-        drop(keeper);
+    });
+    println!("install: {cuts} cut points recovered");
+    assert!(cuts > 25, "an install passes more failpoints than {cuts}");
+}
 
-        // I8: and it takes the next one.
-        let c = drop_model(dir.path(), "third");
-        assert!(serve(dir.path(), &[]).success());
-        assert_eq!(check(dir.path()), Some(c), "cut {cut}");
-    }
-    println!("{} cut points recovered", cut - 1);
-    assert!(cut > 25, "an install passes more failpoints than {cut}");
+#[test]
+fn a_second_kill_in_the_next_life_leaves_one_of_both_as_well() {
+    let [a, b] = ["first", "second"].map(|m| Digest::of(m.as_bytes()));
+    let prepare = |dir: &Path| {
+        drop_model(dir, "second");
+    };
+    let cuts = each_cut(base(&["first"]).path(), &[], prepare, |dir, cut| {
+        let nth = format!("#{}", 1 + cut * 5 % 13);
+        serve(dir, &[(VARIABLE, &nth)]);
+        let active = check(dir);
+        assert!(active == Some(a) || active == Some(b), "cut {cut}: {active:?}");
+        assert!(serve(dir, &[]).success(), "cut {cut}");
+        let active = check(dir);
+        // Two deaths with it on probation, or over its job, are its end.
+        let [how] = ends(dir, b)[..] else { panic!("cut {cut}: {:?}", ends(dir, b)) };
+        let expected = if how == JobState::Succeeded { b } else { a };
+        assert_eq!(active, Some(expected), "cut {cut}: {how:?}");
+    });
+    println!("two kills: {cuts} pairs of cut points recovered");
+}
+
+#[test]
+fn a_kill_while_a_model_fails_on_probation_brings_the_old_one_back() {
+    let [a, b] = ["first", "second"].map(|m| Digest::of(m.as_bytes()));
+    let prepare = |dir: &Path| {
+        drop_model(dir, "second");
+    };
+    let fail: &[(&str, &str)] = &[(FAIL, "1")];
+    let cuts = each_cut(base(&["first"]).path(), fail, prepare, |dir, cut| {
+        assert!(serve(dir, fail).success(), "cut {cut}");
+        assert_eq!(check(dir), Some(a), "cut {cut}");
+        assert_eq!(ends(dir, b), [JobState::Failed], "cut {cut}");
+        assert!(open(dir).state().quarantine.contains_key(&b), "cut {cut}");
+    });
+    println!("failing model: {cuts} cut points recovered");
+}
+
+#[test]
+fn a_kill_during_a_rollback_by_hand_finishes_it_once() {
+    let [a, b] = ["first", "second"].map(|m| Digest::of(m.as_bytes()));
+    let back: &[(&str, &str)] = &[(BACK, "1")];
+    let cuts = each_cut(
+        base(&["first", "second"]).path(),
+        back,
+        |_| {},
+        |dir, cut| {
+            let active = open(dir).state().slot.active;
+            assert!(active == Some(a) || active == Some(b), "cut {cut}: {active:?}");
+            assert!(serve(dir, back).success(), "cut {cut}");
+            assert_eq!(check(dir), Some(a), "cut {cut}");
+            let state = open(dir).state().clone();
+            assert_eq!(state.ended["back"].state, JobState::Succeeded);
+            assert!(state.quarantine.is_empty() && state.slot.previous == Some(b), "cut {cut}");
+        },
+    );
+    println!("rollback: {cuts} cut points recovered");
 }
 
 #[test]

@@ -34,16 +34,21 @@ pub(crate) fn open(dir: &Path) -> Keeper {
     keeper
 }
 
+/// All that is to be done, in one list.
+fn handle(keeper: &mut Keeper, event: Event) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    let rest = keeper.handle(event, &mut |first| effects.push(first));
+    effects.extend(rest);
+    effects
+}
+
 fn start(keeper: &mut Keeper) {
-    keeper.handle(Event::Boot { now: 1_000, kernel_boot: "k".to_owned() });
+    handle(keeper, Event::Boot { now: 1_000, kernel_boot: "k".to_owned() });
     let model = keeper.state().slot.active;
-    keeper.handle(Event::Running {
-        now: 1_000,
-        model,
-        from_factory: false,
-        why: None,
-        quarantine: false,
-    });
+    handle(
+        keeper,
+        Event::Running { now: 1_000, model, from_factory: false, why: None, quarantine: false },
+    );
 }
 
 /// Runs a command for the model `name`, whose blob is made, to its end.
@@ -51,7 +56,7 @@ fn install(keeper: &mut Keeper, id: &str, name: &str) {
     let blob = put(keeper.store(), name.as_bytes());
     assert_eq!(blob, digest(name));
     let command = command(id, name);
-    keeper.handle(Event::Install { now: 2_000, command, admission: Ok(()) });
+    handle(keeper, Event::Install { now: 2_000, command, admission: Ok(()) });
     for step in [
         Step::Received { digest: blob },
         Step::Verified,
@@ -61,7 +66,7 @@ fn install(keeper: &mut Keeper, id: &str, name: &str) {
         Step::Passed,
     ] {
         let serial = keeper.state().job.as_ref().unwrap().serial;
-        keeper.handle(Event::Done { now: 3_000, serial, step, gates: vec![] });
+        handle(keeper, Event::Done { now: 3_000, serial, step, gates: vec![] });
     }
     keeper.collect().unwrap();
     assert_eq!(keeper.state().slot.active, Some(blob));
@@ -168,14 +173,14 @@ fn collection_keeps_what_runs_what_ran_and_what_is_pinned() {
     let mut wanted = *command("d", "d");
     wanted.digest = Some(digest("d"));
     let event = |c| Event::Install { now: 4_000, command: Box::new(c), admission: Ok(()) };
-    keeper.handle(event(wanted));
+    handle(&mut keeper, event(wanted));
     drop(keeper.store().resume(&digest("d"), 8).unwrap());
     drop(keeper.store().resume(&digest("e"), 8).unwrap());
     keeper.collect().unwrap();
     let staging = dir.path().join("staging");
     assert_eq!(names(&staging), [format!("sha256-{}.part", digest("d"))]);
     let job = Some("d".to_owned());
-    keeper.handle(Event::Cancel { now: 5_000, id: "c".to_owned(), job });
+    handle(&mut keeper, Event::Cancel { now: 5_000, id: "c".to_owned(), job });
     keeper.collect().unwrap();
     assert_eq!(names(&staging), [""; 0]);
     assert_eq!(keeper.registry().models().unwrap().len(), 1);
@@ -189,10 +194,10 @@ fn a_restart_finds_the_machine_as_it_was() {
     install(&mut keeper, "one", "a");
     let mut c = *command("two", "b");
     c.sequence = Some((7, true));
-    keeper.handle(Event::Install { now: 4_000, command: Box::new(c), admission: Ok(()) });
+    handle(&mut keeper, Event::Install { now: 4_000, command: Box::new(c), admission: Ok(()) });
     let refusal = noblink::update::job::Reason::new("unsigned", "for the test");
     let bad = command("bad", "x");
-    keeper.handle(Event::Install { now: 4_000, command: bad, admission: Err(refusal) });
+    handle(&mut keeper, Event::Install { now: 4_000, command: bad, admission: Err(refusal) });
     let before = keeper.state().clone();
     assert_eq!(before.breakers.len(), 1);
     let words: Vec<_> = keeper
@@ -320,10 +325,13 @@ fn on_a_full_disk() {
     install(&mut keeper, "two", "b");
     install(&mut keeper, "three", "c");
     let blob = put(keeper.store(), b"d");
-    keeper.handle(Event::Install { now: 1, command: command("four", "d"), admission: Ok(()) });
+    handle(
+        &mut keeper,
+        Event::Install { now: 1, command: command("four", "d"), admission: Ok(()) },
+    );
     let serial = keeper.state().job.as_ref().unwrap().serial;
     for step in [Step::Received { digest: blob }, Step::Verified, Step::Proved { ask: None }] {
-        keeper.handle(Event::Done { now: 2, serial, step, gates: vec![] });
+        handle(&mut keeper, Event::Done { now: 2, serial, step, gates: vec![] });
     }
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
     // SAFETY: ignoring a signal installs no handler.
@@ -331,30 +339,34 @@ fn on_a_full_disk() {
     setrlimit(Resource::RLIMIT_FSIZE, 4096, hard).unwrap();
 
     let command_5 = command("five", "e");
-    let effects = keeper.handle(Event::Install { now: 3, command: command_5, admission: Ok(()) });
+    let effects =
+        handle(&mut keeper, Event::Install { now: 3, command: command_5, admission: Ok(()) });
     let refused = |e: &Effect| matches!(e, Effect::Answer { answer: Answer::Refused(_), .. });
     assert!(matches!(effects.as_slice(), [answer] if refused(answer)), "{effects:?}");
     assert_eq!(keeper.state().job.as_ref().unwrap().serial, serial, "nothing is superseded");
 
     let done = Event::Done { now: 4, serial, step: Step::Loaded, gates: vec![] };
-    let effects = keeper.handle(done);
+    let effects = handle(&mut keeper, done);
     assert!(!effects.iter().any(|e| matches!(e, Effect::Swap { .. })), "{effects:?}");
     assert_eq!(keeper.state().ended["four"].state, JobState::Failed);
     assert_eq!(keeper.state().slot.active, Some(digest("c")));
 
-    let effects = keeper.handle(Event::Rollback {
-        now: 5,
-        id: "back".to_owned(),
-        way: Way::Cli,
-        from: String::new(),
-        to: None,
-        warm: true,
-        in_store: true,
-    });
+    let effects = handle(
+        &mut keeper,
+        Event::Rollback {
+            now: 5,
+            id: "back".to_owned(),
+            way: Way::Cli,
+            from: String::new(),
+            to: None,
+            warm: true,
+            in_store: true,
+        },
+    );
     assert!(effects.iter().any(|e| matches!(e, Effect::Swap { .. })), "{effects:?}");
     assert_eq!(keeper.state().slot.active, Some(digest("b")));
     let serial = keeper.state().job.as_ref().unwrap().serial;
-    keeper.handle(Event::Done { now: 6, serial, step: Step::Switched, gates: vec![] });
+    handle(&mut keeper, Event::Done { now: 6, serial, step: Step::Switched, gates: vec![] });
 
     setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
     install(&mut keeper, "six", "f");
