@@ -21,5 +21,6 @@ pub mod records;
 pub mod rtsp;
 pub mod signals;
 pub mod snapshot;
+pub mod update;
 pub mod vision;
 pub mod worker;

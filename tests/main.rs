@@ -11,3 +11,4 @@ mod parity;
 mod queue;
 mod service;
 mod vision;
+mod update;

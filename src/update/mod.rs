@@ -1,0 +1,10 @@
+//! Models on their way in: commands, jobs, gates, the store and its registry, the inbox.
+
+mod commands;
+pub mod digest;
+pub mod event;
+pub mod job;
+pub mod machine;
+mod start;
+
+pub use start::{Origin, start_order};
