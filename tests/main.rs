@@ -10,5 +10,5 @@ mod mqtt;
 mod parity;
 mod queue;
 mod service;
-mod vision;
 mod update;
+mod vision;

@@ -3,6 +3,7 @@
 mod commands;
 pub mod digest;
 pub mod event;
+pub mod gates;
 pub mod job;
 pub mod machine;
 mod start;
