@@ -370,7 +370,7 @@ fn load_model(
                     `noblink model inspect FILE` says whether noblink can run it";
         return Err((Some(runtime), next.to_owned()));
     };
-    let options = EngineOptions::of(&config.inference);
+    let options = EngineOptions::of(&config.inference, &config.models);
     let open = || {
         affinity::pin(cores).map_err(|e| anyhow!(e))?;
         Ok(Model::open(&runtime, &path, &options, &Overrides::default())?)

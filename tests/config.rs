@@ -26,6 +26,18 @@ id = "gate"
 url = "file:///clip.mp4"
 "#;
 
+const CALIBRATED: &str = r#"
+[device]
+id = "edge-1"
+[mqtt]
+embedded = true
+[[camera]]
+id = "gate"
+url = "test://"
+[models.calibration]
+dir = "calibration"
+"#;
+
 /// The problems of a configuration in which `key` of its section is set to `value` (TOML), or
 /// taken out when there is none.
 fn problems(base: &str, key: &str, value: Option<&str>) -> Vec<String> {
@@ -35,6 +47,13 @@ fn problems(base: &str, key: &str, value: Option<&str>) -> Vec<String> {
         "" => &mut table,
         "camera" => table["camera"][0].as_table_mut().unwrap(),
         other => table.entry(other).or_insert(toml::Table::new().into()).as_table_mut().unwrap(),
+    };
+    let (target, name) = match name.split_once('.') {
+        Some((inner, name)) => {
+            let inner = target.entry(inner).or_insert(toml::Table::new().into());
+            (inner.as_table_mut().unwrap(), name)
+        }
+        None => (target, name),
     };
     match value {
         Some(value) => {
@@ -288,6 +307,55 @@ const WRONG: &[Row] = &[
     ),
     (VALID, "inference.library", Some("\"\""), "inference.library = \"\": must be a path"),
     (VALID, "models.factory", Some("false"), "models.factory = false: must be a path"),
+    (
+        VALID,
+        "models.latency_ratio_max",
+        Some("0.5"),
+        "models.latency_ratio_max = 0.5: must be a number from 1 to 100",
+    ),
+    (
+        VALID,
+        "models.latency_budget_ms",
+        Some("0"),
+        "models.latency_budget_ms = 0: must be a number from 0.1 to 60000",
+    ),
+    (
+        VALID,
+        "models.custom_op_domains",
+        Some("\"com.acme\""),
+        "models.custom_op_domains = \"com.acme\": must be a list of operator domains",
+    ),
+    (
+        VALID,
+        "models.proving_cpu_s",
+        Some("0"),
+        "models.proving_cpu_s = 0: must be a whole number from 1 to 3600",
+    ),
+    (VALID, "models.calibration.dir", Some("1"), "models.calibration.dir = 1: must be a path"),
+    (
+        CALIBRATED,
+        "models.calibration.min_recall",
+        Some("80"),
+        "models.calibration.min_recall = 80: must be a number from 0 to 1",
+    ),
+    (
+        CALIBRATED,
+        "models.calibration.min_precision",
+        Some("\"high\""),
+        "models.calibration.min_precision = \"high\": must be a number from 0 to 1",
+    ),
+    (
+        VALID,
+        "models.calibration.margin",
+        Some("0.1"),
+        "models.calibration.dir is missing: margin says what to ask of its pictures",
+    ),
+    (
+        CALIBRATED,
+        "models.calibration.min_objects",
+        Some("0"),
+        "models.calibration.min_objects = 0: must be a whole number from 1 to 300",
+    ),
     (
         VALID,
         "web.listen",

@@ -7,6 +7,7 @@
 mod clock;
 mod decoder;
 pub mod frame;
+pub mod grab;
 pub mod jpeg;
 mod keeper;
 mod pipeline;

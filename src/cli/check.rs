@@ -73,7 +73,7 @@ fn live(config: &Config, templates: &Templates, sound: &mut Findings) -> anyhow:
         (_, Err(e)) => sound.note::<anyhow::Error>("ONNX Runtime", Err(e.into())),
         (None, Ok(_)) => println!("-        model: none is configured (models.factory)"),
         (Some(path), Ok(runtime)) => {
-            let options = EngineOptions::of(&config.inference);
+            let options = EngineOptions::of(&config.inference, &config.models);
             let model = Model::open(&runtime, path, &options, &Overrides::default());
             let described =
                 model.map(|m| format!("{} version {}", m.identity().id, m.identity().version));

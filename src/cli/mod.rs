@@ -14,6 +14,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::config;
+use crate::update::gates;
 
 /// Edge video detection that does not blink when its model is replaced.
 #[derive(Debug, Parser)]
@@ -39,6 +40,9 @@ enum Command {
     /// Measure
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Prove a model: started by noblink itself, with the work on standard input
+    #[command(hide = true)]
+    Prove,
 }
 
 /// Why a command ended badly, with its exit code.
@@ -74,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Probe(args) => probe::run(args),
         Command::Model(command) => model::run(command),
         Command::Bench(command) => bench::run(command),
+        Command::Prove => return gates::prove(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -28,7 +28,7 @@ pub enum Dtype {
 }
 
 /// What a manifest may say about a model instead of its file.
-#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Overrides {
     /// Id of the model.
     pub model: Option<String>,
@@ -44,7 +44,7 @@ pub struct Overrides {
 }
 
 /// `input` of a manifest.
-#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct InputOverrides {
     /// Order of the colour planes.
     pub order: Option<Order>,

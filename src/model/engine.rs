@@ -28,7 +28,7 @@ use super::file::{Identity, ModelFile};
 use super::layout::Layout;
 use super::refusal::{Code, Refusal};
 use super::runtime::Runtime;
-use crate::config::{Inference, Provider};
+use crate::config::{Inference, Models, Provider};
 use crate::vision::decode::{self, Candidate, DecodeError};
 use crate::vision::letterbox::Geometry;
 use crate::vision::nms;
@@ -58,9 +58,14 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// As `[inference]` says.
-    pub fn of(inference: &Inference) -> Self {
-        Self { provider: inference.provider, threads: inference.threads, ..Self::default() }
+    /// As `[inference]` and `[models]` say.
+    pub fn of(inference: &Inference, models: &Models) -> Self {
+        Self {
+            provider: inference.provider,
+            threads: inference.threads,
+            custom_op_domains: models.custom_op_domains.clone(),
+            ..Self::default()
+        }
     }
 }
 
@@ -399,6 +404,18 @@ impl Output {
             Self::Copied { shape, .. } => *shape,
         }
     }
+
+    /// The values of the last run; those of a float16 output are widened into `wide`.
+    fn data<'a>(&'a self, dtype: Dtype, wide: &'a mut Vec<f32>) -> Result<&'a [f32], RunError> {
+        match (self, dtype) {
+            (Self::Copied { data, .. }, _) => Ok(data),
+            (Self::Bound(tensor), Dtype::F32) => Ok(tensor.try_extract_tensor().map_err(unread)?.1),
+            (Self::Bound(tensor), Dtype::F16) => {
+                widen(tensor.try_extract_tensor().map_err(unread)?.1, wide);
+                Ok(wide)
+            }
+        }
+    }
 }
 
 fn last_two(shape: &[i64]) -> [usize; 2] {
@@ -507,16 +524,7 @@ impl Runner<'_> {
         let contract = &self.model.contract;
         let State { output, candidates, wide, geometry, .. } = &mut *self.state;
         let [_, columns] = output.shape();
-        let data: &[f32] = match output {
-            Output::Copied { data, .. } => data,
-            Output::Bound(tensor) => match contract.output.dtype {
-                Dtype::F32 => tensor.try_extract_tensor().map_err(unread)?.1,
-                Dtype::F16 => {
-                    widen(tensor.try_extract_tensor().map_err(unread)?.1, wide);
-                    wide
-                }
-            },
-        };
+        let data = output.data(contract.output.dtype, wide)?;
         candidates.clear();
         if !data.is_empty() {
             read(contract, data, columns, thresholds, candidates)?;
@@ -527,6 +535,15 @@ impl Runner<'_> {
             Detection { class_id: c.class, score: c.score, x1, y1, x2, y2 }
         }));
         Ok(())
+    }
+
+    /// The output of the last run as it is: rows of [`Contract::output`], none of them read.
+    ///
+    /// # Errors
+    /// ONNX Runtime does not hand it out.
+    pub fn raw(&mut self) -> Result<&[f32], RunError> {
+        let State { output, wide, .. } = &mut *self.state;
+        output.data(self.model.contract.output.dtype, wide)
     }
 }
 

@@ -66,12 +66,36 @@ impl ModelFile {
         overrides: &Overrides,
         domains: &[String],
     ) -> Result<Self, Refusal> {
+        let scan = Self::look(&bytes, name, domains)?;
+        Self::settle(bytes, scan, name, overrides)
+    }
+
+    /// The first half of [`parse`](Self::parse): is it an ONNX file that may be given to ONNX
+    /// Runtime?
+    ///
+    /// # Errors
+    /// It is another kind of file, a damaged one, or holds what is not allowed.
+    pub fn look(bytes: &[u8], name: &str, domains: &[String]) -> Result<Scan, Refusal> {
         let named = |r: Refusal| Refusal::new(r.code, format!("{name}: {}", r.message));
-        let scan = onnx::scan(&bytes).map_err(|e| {
-            let what = foreign::recognise(&bytes, name).unwrap_or_else(|| e.to_string());
+        let scan = onnx::scan(bytes).map_err(|e| {
+            let what = foreign::recognise(bytes, name).unwrap_or_else(|| e.to_string());
             named(Refusal::new(Code::NotOnnx, what))
         })?;
         contract::structure(&scan, domains).map_err(named)?;
+        Ok(scan)
+    }
+
+    /// The second half: is it a detector that we know how to use? `scan` is of `bytes`.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn settle(
+        bytes: Vec<u8>,
+        scan: Scan,
+        name: &str,
+        overrides: &Overrides,
+    ) -> Result<Self, Refusal> {
+        let named = |r: Refusal| Refusal::new(r.code, format!("{name}: {}", r.message));
         let contract = Contract::derive(&scan, overrides).map_err(named)?;
         let sha256: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         let identity = identity(&scan, overrides, name, sha256);

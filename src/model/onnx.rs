@@ -5,7 +5,7 @@
 //! every byte). It answers what the contract needs (inputs, outputs, metadata) and what the
 //! structure gate refuses (data outside of the file, compiled blobs, foreign operators).
 
-use super::wire::{Field, Message, WireError};
+use super::wire::{self, Field, Message, WireError};
 
 /// Largest file: protobuf's own limit.
 pub const FILE_BYTES_MAX: u64 = 2 << 30;
@@ -19,6 +19,8 @@ const NAME_BYTES_MAX: usize = 4096;
 const VALUES_MAX: usize = 64;
 const DIMS_MAX: usize = 8;
 const OPSETS_MAX: usize = 64;
+/// Elements of a tensor: 2 GiB of floats. A sparse one is made dense when it is loaded.
+const ELEMENTS_MAX: u64 = 1 << 29;
 /// Highest field number of `ModelProto`; anything above was not written by an ONNX exporter.
 const MODEL_FIELD_MAX: u32 = 26;
 
@@ -97,6 +99,16 @@ pub enum ScanError {
         what: &'static str,
         /// How much is allowed.
         limit: usize,
+    },
+    /// A tensor that claims to be larger than its data, or than anything.
+    #[error("says that its tensor {name:?} has {elements} elements, but holds data for {held}")]
+    TensorSize {
+        /// The tensor.
+        name: String,
+        /// By its dimensions; the greatest number when they overflow.
+        elements: u64,
+        /// By its bytes, at most.
+        held: u64,
     },
     /// A field that must stand once stands twice: readers disagree about which one counts.
     #[error("holds its {0} twice")]
@@ -282,11 +294,18 @@ impl Walk {
     }
 
     fn sparse(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
+        let mut dims = Dims::default();
         for field in Message::new(bytes) {
             let field = field?;
-            if matches!(field.number, 1 | 2) {
-                self.tensor(field.bytes()?)?;
+            match field.number {
+                1 | 2 => self.tensor(field.bytes()?)?,
+                3 => dims.read(field)?,
+                _ => {}
             }
+        }
+        if dims.elements() > ELEMENTS_MAX {
+            let (elements, held) = (dims.elements(), ELEMENTS_MAX);
+            return Err(ScanError::TensorSize { name: "of sparse values".into(), elements, held });
         }
         Ok(())
     }
@@ -294,21 +313,38 @@ impl Walk {
     fn tensor(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
         self.part()?;
         let mut elsewhere = false;
+        let mut dims = Dims::default();
+        let (mut data_type, mut held, mut raw) = (0, 0u64, None);
         for field in Message::new(bytes) {
             let field = field?;
             match field.number {
-                // The typed arrays and `raw_data`; single numbers may stand unpacked.
-                4..=7 | 9..=11 => {
-                    self.scan.initializer_bytes += field.bytes().map_or(8, |b| b.len() as u64);
-                }
+                1 => dims.read(field)?,
+                2 => data_type = field.varint()?,
+                9 => raw = Some(field.bytes()?.len() as u64),
+                // The typed arrays; single numbers may stand unpacked, strings may be empty.
+                4..=7 | 10 | 11 => held += field.bytes().map_or(8, |b| b.len().max(1) as u64),
                 13 => elsewhere = true,
                 14 => elsewhere |= field.varint()? == 1,
                 _ => {}
             }
         }
-        if elsewhere && self.scan.external_data.is_none() {
+        self.scan.initializer_bytes += held + raw.unwrap_or(0);
+        if elsewhere {
+            if self.scan.external_data.is_none() {
+                let name = String::from_utf8_lossy(tensor_name(bytes)?).into_owned();
+                self.scan.external_data = Some(name);
+            }
+            return Ok(());
+        }
+        // Two elements of 4 bits may lie in one byte, of a typed array as of raw data.
+        let held = match raw {
+            Some(raw) => raw * 2 / half_bytes(data_type),
+            None => held * 2,
+        };
+        let elements = dims.elements();
+        if elements > held || elements > ELEMENTS_MAX {
             let name = String::from_utf8_lossy(tensor_name(bytes)?).into_owned();
-            self.scan.external_data = Some(name);
+            return Err(ScanError::TensorSize { name, elements, held: held.min(ELEMENTS_MAX) });
         }
         Ok(())
     }
@@ -316,6 +352,47 @@ impl Walk {
     fn part(&mut self) -> Result<(), ScanError> {
         self.parts += 1;
         limit("nodes and tensors", self.parts, PARTS_MAX)
+    }
+}
+
+/// The product of a tensor's dimensions, taken with care.
+#[derive(Default)]
+struct Dims {
+    product: Option<u64>,
+    overflow: bool,
+}
+
+impl Dims {
+    /// One dimension, or several packed.
+    fn read(&mut self, field: Field<'_>) -> Result<(), ScanError> {
+        match field.bytes() {
+            Ok(packed) => wire::varints(packed).try_for_each(|n| n.map(|n| self.times(n)))?,
+            Err(_) => self.times(field.varint()?),
+        }
+        Ok(())
+    }
+
+    fn times(&mut self, n: u64) {
+        let product = self.product.unwrap_or(1).checked_mul(n);
+        self.overflow |= product.is_none();
+        self.product = product;
+    }
+
+    /// A tensor without dimensions is one number, or none at all where it holds no data.
+    fn elements(&self) -> u64 {
+        if self.overflow { u64::MAX } else { self.product.unwrap_or(0) }
+    }
+}
+
+/// Half bytes of an element, by `TensorProto.DataType`; 1 for what we do not know.
+fn half_bytes(data_type: u64) -> u64 {
+    match data_type {
+        1 | 6 | 12 => 8,
+        2 | 3 | 9 | 17..=20 => 2,
+        4 | 5 | 10 | 16 => 4,
+        7 | 11 | 13 | 14 => 16,
+        15 => 32,
+        _ => 1,
     }
 }
 

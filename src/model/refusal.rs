@@ -46,6 +46,33 @@ pub enum Code {
     Run,
 }
 
+impl Code {
+    /// The word on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::NotOnnx => "not_onnx",
+            Self::ExternalData => "external_data",
+            Self::CompiledBlob => "compiled_blob",
+            Self::CustomOperators => "custom_operators",
+            Self::TaskUnsupported => "task_unsupported",
+            Self::InputCount => "input_count",
+            Self::InputShape => "input_shape",
+            Self::InputType => "input_type",
+            Self::DynamicShape => "dynamic_shape",
+            Self::OutputType => "output_type",
+            Self::UnknownLayout => "unknown_layout",
+            Self::AmbiguousLayout => "ambiguous_layout",
+            Self::LayoutMismatch => "layout_mismatch",
+            Self::LabelsMissing => "labels_missing",
+            Self::LabelsInvalid => "labels_invalid",
+            Self::LabelsCount => "labels_count",
+            Self::Session => "session",
+            Self::Run => "run",
+        }
+    }
+}
+
 /// A model that is not taken, and why.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, thiserror::Error)]
 pub struct Refusal {

@@ -104,6 +104,21 @@ impl<'a> Message<'a> {
     }
 }
 
+/// The numbers of a packed field.
+pub(crate) fn varints(bytes: &[u8]) -> impl Iterator<Item = Result<u64, WireError>> + '_ {
+    let mut rest = Message::new(bytes);
+    std::iter::from_fn(move || {
+        if rest.at == rest.bytes.len() {
+            return None;
+        }
+        let number = rest.varint();
+        if number.is_err() {
+            rest.at = rest.bytes.len();
+        }
+        Some(number)
+    })
+}
+
 impl<'a> Iterator for Message<'a> {
     type Item = Result<Field<'a>, WireError>;
 

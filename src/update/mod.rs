@@ -16,6 +16,7 @@ pub mod digest;
 mod entry;
 pub mod event;
 pub mod failpoint;
+pub mod gates;
 pub mod inbox;
 pub mod job;
 mod json;

@@ -125,14 +125,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
         format!("--provider {}: cpu, openvino, cuda or tensorrt", args.provider)
     })?;
     let threads = usize::from(args.threads);
-    let inference = Inference { provider, threads, ..Inference::default() };
     let cores = affinity::choose(threads);
     let frames = u64::from(args.frames);
 
     let decode_cpu_ms = bare_decode(&source, frames)?;
     affinity::pin(&cores).map_err(|e| anyhow!(e))?;
     let runtime = Runtime::load(None)?;
-    let options = EngineOptions::of(&inference);
+    let options = EngineOptions { provider, threads, ..EngineOptions::default() };
     let model = Model::open(&runtime, &model, &options, &Overrides::default())?;
     let run_cpu_ms = bare_run(&model)?;
 

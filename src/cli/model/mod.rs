@@ -1,5 +1,8 @@
 //! `noblink model …`
 
+mod calibrate;
+mod validate;
+
 use std::path::PathBuf;
 
 use super::{Failure, Outcome, print_json};
@@ -16,11 +19,17 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Judge a model file as an update would be, without installing it
+    Validate(validate::Args),
+    /// Save frames of a camera with the model's findings as labels to correct
+    Calibrate(calibrate::Args),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
     match command {
         Command::Inspect { file, json } => inspect(&file, json),
+        Command::Validate(args) => validate::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
     }
 }
 

@@ -1,0 +1,524 @@
+//! `noblink prove`: the process in which a model meets ONNX Runtime for the first time.
+//!
+//! Reads a ticket from standard input, locks itself in, and says on standard output, line by line,
+//! what it does and what came of it. It may die at any point; the parent makes of that what it must.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::super::job::{Gate, Reason, Verdict};
+use super::agreement::{Agreement, Labelled};
+use super::calibration::{self, Marks};
+use super::confine::{self, Allowance, process_cpu};
+use super::content;
+use super::examine;
+use super::folder::Folder;
+use super::frame::FrameDump;
+use super::latency::{self, PAIRS, Times, WARM_UP};
+use super::request::{Request, Subject};
+use super::score::{self, Finding, Tally};
+use super::wire::{Fault, Line, Report, Step, Ticket, Who, Work};
+use super::{GATES, failed, gate, shift, skipped};
+use crate::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
+use crate::model::file::ModelFile;
+use crate::model::runtime::Runtime;
+use crate::records::rounded;
+use crate::vision::decode::DecodeError;
+use crate::vision::letterbox::Geometry;
+
+/// Largest ticket.
+const TICKET_BYTES_MAX: u64 = 16 << 20;
+/// Real pictures that are looked at beside black, white and noise.
+const REAL_FRAMES: usize = 4;
+/// Live frames that are looked at.
+const LIVE_FRAMES_MAX: usize = 32;
+/// AP50 wants the doubtful findings as well.
+const DOUBTFUL: f32 = 0.001;
+
+/// Runs the child to its end; 0 only if the report was said.
+pub fn main() -> ExitCode {
+    let mut text = String::new();
+    let read = std::io::stdin().take(TICKET_BYTES_MAX).read_to_string(&mut text);
+    let ticket = read
+        .map_err(|e| e.to_string())
+        .and_then(|_| serde_json::from_str::<Ticket>(&text).map_err(|e| format!("no ticket: {e}")));
+    let confined = ticket.and_then(|ticket| {
+        let (confinement, allowance) = confine::confine(&ticket)?;
+        Ok((ticket, confinement, allowance))
+    });
+    match confined {
+        Ok((ticket, confinement, allowance)) => {
+            let report = Proof::new(&ticket.request, allowance).run(ticket.nonce, confinement);
+            say(&Line::Report(Box::new(report)));
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            eprintln!("noblink prove: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn say(line: &Line) {
+    println!("{}", serde_json::to_string(line).expect("lines are plain data"));
+}
+
+/// A model and what is needed to run it.
+struct Bench {
+    model: Model,
+    who: Who,
+    found: Vec<Detection>,
+}
+
+/// Why the proving ends before its end.
+type Halt = (Fault, Reason);
+
+struct Proof<'a> {
+    request: &'a Request,
+    allowance: Allowance,
+    gates: Vec<Gate>,
+    refused: Option<Halt>,
+    ask: Option<Reason>,
+    phases_ms: BTreeMap<String, f64>,
+    /// Why the active model can't be compared with.
+    no_active: String,
+}
+
+impl<'a> Proof<'a> {
+    fn new(request: &'a Request, allowance: Allowance) -> Self {
+        Self {
+            request,
+            allowance,
+            gates: Vec::new(),
+            refused: None,
+            ask: None,
+            phases_ms: BTreeMap::new(),
+            no_active: "there is no active model".into(),
+        }
+    }
+
+    fn run(mut self, nonce: String, confinement: Value) -> Report {
+        if let Err(halt) = self.prove(confinement) {
+            self.refused = Some(halt);
+        }
+        if let Some(last) = self.gates.last().filter(|_| self.refused.is_some()) {
+            let why = format!("not run: {} has failed", last.gate);
+            for name in GATES.iter().skip(2) {
+                if !self.gates.iter().any(|g| g.gate == *name) {
+                    self.gates.push(skipped(name, &why));
+                }
+            }
+        }
+        let Self { gates, refused, ask, phases_ms, .. } = self;
+        Report { nonce, gates, refused, ask, phases_ms }
+    }
+
+    /// The gates in order; the first that refuses ends it.
+    fn prove(&mut self, confinement: Value) -> Result<(), Halt> {
+        let runtime = Runtime::load(self.request.engine.library.as_deref());
+        let runtime = runtime.map_err(|e| self.machine("proving", "runtime", e.to_string()))?;
+        let folder = self.folder()?;
+        let frames = self.frames()?;
+        let real = self.real(folder.as_ref(), &frames)?;
+
+        let mut candidate = self.examine(&runtime, &real, confinement)?;
+        let mut active = self.active(&runtime);
+        self.calibrate(folder.as_ref(), &mut candidate, &mut active)?;
+        self.agree(&frames, folder.is_some(), &mut candidate, &mut active);
+        self.time(real.first(), candidate, active)
+    }
+
+    /// Begins a phase's next piece of work, with a step's CPU time before it.
+    fn step(&self, what: Work, who: Who) {
+        say(&Line::Step(Step { what, who }));
+        // The hard limit stands in any case.
+        let _ = self.allowance.renew();
+    }
+
+    fn phase(&mut self, name: &str, since: Instant) {
+        let spent = self.phases_ms.entry(name.to_owned()).or_default();
+        *spent = rounded(*spent + since.elapsed().as_secs_f64() * 1e3, 1);
+    }
+
+    fn push(&mut self, gate: Gate) {
+        say(&Line::Gate(gate.clone()));
+        self.gates.push(gate);
+    }
+
+    /// Notes a gate and ends there if it refuses.
+    fn judged(&mut self, (gate, refused): (Gate, Option<Reason>)) -> Result<(), Halt> {
+        self.push(gate);
+        refused.map_or(Ok(()), |reason| Err((Fault::Model, reason)))
+    }
+
+    /// The gate could not be run through no fault of the model's, and was asked for.
+    fn machine(&mut self, gate: &'static str, code: &'static str, message: String) -> Halt {
+        let reason = Reason::new(code, message);
+        self.push(failed(gate, &reason, json!({})));
+        (Fault::Machine, reason)
+    }
+
+    fn folder(&mut self) -> Result<Option<Folder>, Halt> {
+        let Some(rules) = &self.request.calibration else { return Ok(None) };
+        Folder::read(&rules.dir).map(Some).map_err(|why| {
+            let message = format!("the calibration folder {} {why}", rules.dir.display());
+            self.machine("calibration", "calibration_unusable", message)
+        })
+    }
+
+    fn frames(&mut self) -> Result<Vec<FrameDump>, Halt> {
+        let files = self.request.frames.iter().take(LIVE_FRAMES_MAX);
+        let frames: Result<_, _> = files.map(|file| FrameDump::read(file)).collect();
+        frames.map_err(|e| self.machine("agreement", "frames_unusable", e.to_string()))
+    }
+
+    fn real(
+        &mut self,
+        folder: Option<&Folder>,
+        frames: &[FrameDump],
+    ) -> Result<Vec<FrameDump>, Halt> {
+        let Some(folder) = folder else {
+            return Ok(frames.iter().take(REAL_FRAMES).cloned().collect());
+        };
+        let samples = folder.samples.iter().take(REAL_FRAMES);
+        let decoded: Result<_, _> = samples.map(|s| FrameDump::decode(&s.image)).collect();
+        decoded.map_err(|e| self.machine("calibration", "calibration_unusable", e.to_string()))
+    }
+
+    /// Gate `proving`: load, warm, extreme frames.
+    fn examine(
+        &mut self,
+        runtime: &Arc<Runtime>,
+        real: &[FrameDump],
+        confinement: Value,
+    ) -> Result<Bench, Halt> {
+        let began = Instant::now();
+        self.step(Work::Load, Who::Candidate);
+        let opened = self.open(runtime, &self.request.candidate, Who::Candidate);
+        self.phase("load", began);
+        let refuse = |this: &mut Self, (fault, reason): Halt, numbers: Value| {
+            this.push(failed("proving", &reason, numbers));
+            (fault, reason)
+        };
+        let mut bench =
+            opened.map_err(|halt| refuse(self, halt, json!({ "confinement": confinement })))?;
+
+        let began = Instant::now();
+        let input = bench.model.contract().input.clone();
+        let synthetic = examine::frames(input.width, input.height);
+        let mut watch = examine::Watch::default();
+        let mut looked = Ok(());
+        for frame in synthetic.iter().chain(real) {
+            self.step(Work::Examine, Who::Candidate);
+            looked = bench.look(frame, self.thresholds(), &mut watch);
+            if looked.is_err() {
+                break;
+            }
+        }
+        let layout = bench.model.contract().layout;
+        let looked = looked.and_then(|()| watch.end(layout, !real.is_empty()));
+        self.phase("examine", began);
+        let numbers = json!({
+            "provider": bench.model.provider(),
+            "threads": self.request.engine.threads,
+            "runtime": runtime.version(),
+            "frames": watch.frames,
+            "output_varies": watch.varied,
+            "load_ms": self.phases_ms["load"],
+            "cpu_s": rounded(process_cpu().as_secs_f64(), 2),
+            "confinement": confinement,
+        });
+        if let Err(reason) = looked {
+            return Err(refuse(self, (Fault::Model, reason), numbers));
+        }
+        let message = format!(
+            "loaded in {:.0} ms, {} frames of black, white, noise and life survived",
+            self.phases_ms["load"], watch.frames
+        );
+        self.push(gate("proving", Verdict::Passed, message, numbers));
+        Ok(bench)
+    }
+
+    /// The active model; a broken one must not keep its replacement out.
+    fn active(&mut self, runtime: &Arc<Runtime>) -> Option<Bench> {
+        let subject = self.request.active.as_ref()?;
+        let began = Instant::now();
+        self.step(Work::Load, Who::Active);
+        let opened = self.open(runtime, subject, Who::Active);
+        self.phase("active", began);
+        opened
+            .map_err(|(_, reason)| {
+                self.no_active = format!("the active model can't be compared with: {reason}");
+            })
+            .ok()
+    }
+
+    fn open(&self, runtime: &Arc<Runtime>, subject: &Subject, who: Who) -> Result<Bench, Halt> {
+        let engine = &self.request.engine;
+        let machine = |code, message| (Fault::Machine, Reason::new(code, message));
+        let bytes = std::fs::read(&subject.file).map_err(|e| {
+            machine("unreadable", format!("{} can't be read: {e}", subject.file.display()))
+        })?;
+        let domains = &engine.custom_op_domains;
+        let file = ModelFile::parse(bytes, &subject.name, &subject.overrides, domains)
+            .map_err(|refusal| (Fault::Model, content::reason(refusal)))?;
+        if subject.sha256.is_some_and(|wanted| wanted.to_string() != file.identity.sha256) {
+            let message = format!("{} is not what was verified", subject.file.display());
+            return Err(machine("digest_mismatch", message));
+        }
+        let options = EngineOptions {
+            provider: engine.provider,
+            threads: engine.threads,
+            custom_op_domains: domains.clone(),
+            ..EngineOptions::default()
+        };
+        let model = Model::build(runtime, &file, &options).map_err(|e| match e {
+            OpenError::Refused(refusal) => (Fault::Model, out_of_memory(content::reason(refusal))),
+            OpenError::Provider { .. } => machine("provider", e.to_string()),
+        })?;
+        Ok(Bench { model, who, found: Vec::new() })
+    }
+
+    fn thresholds(&self) -> Thresholds {
+        let engine = &self.request.engine;
+        Thresholds { confidence: engine.confidence, iou: engine.iou }
+    }
+
+    /// Gates `calibration` and `shift`, from one look at the pictures.
+    fn calibrate(
+        &mut self,
+        folder: Option<&Folder>,
+        candidate: &mut Bench,
+        active: &mut Option<Bench>,
+    ) -> Result<(), Halt> {
+        let (Some(folder), Some(rules)) = (folder, &self.request.calibration) else {
+            let why = "no calibration folder is configured (models.calibration.dir)";
+            self.push(skipped("calibration", why));
+            self.push(skipped("shift", why));
+            return Ok(());
+        };
+        let began = Instant::now();
+        let mut mine = Marks::of(&candidate.model, folder);
+        let mut theirs = active.as_ref().map(|active| Marks::of(&active.model, folder));
+        let mut scale = Vec::with_capacity(folder.samples.len());
+        let input = candidate.model.contract().input.clone();
+        for n in 0..folder.samples.len() {
+            let picture = FrameDump::decode(&folder.samples[n].image)
+                .map_err(|e| self.machine("calibration", "calibration_unusable", e.to_string()))?;
+            let (width, height) = picture.size();
+            let place = Geometry::new(input.fit, (width, height), (input.width, input.height));
+            scale.push((place.resized.0 as f64, place.resized.1 as f64));
+            if let Err(reason) = self.mark(folder, n, &picture, candidate, &mut mine) {
+                self.push(failed("calibration", &reason, json!({ "picture": picture.name() })));
+                return Err((Fault::Model, reason));
+            }
+            if let (Some(bench), Some(marks)) = (active.as_mut(), theirs.as_mut())
+                && let Err(reason) = self.mark(folder, n, &picture, bench, marks)
+            {
+                self.no_active = format!("the active model can't be compared with: {reason}");
+                (*active, theirs) = (None, None);
+            }
+        }
+        self.phase("calibration", began);
+        self.judged(calibration::judge(folder, rules, &mine, theirs.as_ref()))?;
+        if folder.objects() == 0 {
+            self.push(skipped("shift", "the calibration folder has no labels"));
+            return Ok(());
+        }
+        self.judged(shift::judge(folder, &scale, &mine, theirs.as_ref()))
+    }
+
+    fn mark(
+        &self,
+        folder: &Folder,
+        n: usize,
+        picture: &FrameDump,
+        bench: &mut Bench,
+        marks: &mut Marks,
+    ) -> Result<(), Reason> {
+        let engine = &self.request.engine;
+        self.step(Work::Calibration, bench.who);
+        let confidence = DOUBTFUL.min(engine.confidence);
+        bench.detect(picture, Thresholds { confidence, iou: engine.iou })?;
+        let sure = bench.found.iter().filter(|d| d.score > engine.confidence).count();
+        marks.found.push(sure);
+        let Some(truth) = &folder.samples[n].truth else {
+            marks.boxes.push(Vec::new());
+            return Ok(());
+        };
+        let labels = &bench.model.contract().labels;
+        let findings: Vec<Finding> = bench
+            .found
+            .iter()
+            .filter_map(|d| {
+                let label = labels.get(d.class_id as usize)?;
+                let class = folder.names.iter().position(|name| name == label)?;
+                Some(Finding { class, score: d.score, corners: [d.x1, d.y1, d.x2, d.y2] })
+            })
+            .collect();
+        let name = picture.name();
+        marks.boxes.push(score::count(
+            name,
+            &findings,
+            truth,
+            engine.confidence,
+            &mut marks.tallies,
+        ));
+        Ok(())
+    }
+
+    /// Gate `agreement`: reports, or asks; never refuses.
+    fn agree(
+        &mut self,
+        frames: &[FrameDump],
+        calibrated: bool,
+        candidate: &mut Bench,
+        active: &mut Option<Bench>,
+    ) {
+        let Some(active) = active else {
+            let why = self.no_active.clone();
+            return self.push(skipped("agreement", why));
+        };
+        if frames.is_empty() {
+            return self.push(skipped("agreement", "there are no live frames"));
+        }
+        let began = Instant::now();
+        let mut agreement = Agreement::default();
+        for frame in frames {
+            let look = |bench: &mut Bench| {
+                self.step(Work::Agreement, bench.who);
+                bench.detect(frame, self.thresholds()).map(|()| bench.labelled())
+            };
+            match look(active).and_then(|theirs| Ok((theirs, look(candidate)?))) {
+                Ok((theirs, mine)) => {
+                    let (old, new) = (active.model.contract(), candidate.model.contract());
+                    let shared = |label: &str| {
+                        [old, new].iter().all(|c| c.labels.iter().any(|known| known == label))
+                    };
+                    agreement.add(&theirs, &mine, shared);
+                }
+                Err(reason) => {
+                    let why = format!("{} could not be compared: {reason}", frame.name());
+                    return self.push(skipped("agreement", why));
+                }
+            }
+        }
+        self.phase("agreement", began);
+        let (gate, ask) = agreement.judge(!calibrated);
+        self.push(gate);
+        self.ask = ask;
+    }
+
+    /// Gate `latency`.
+    fn time(
+        &mut self,
+        real: Option<&FrameDump>,
+        mut candidate: Bench,
+        active: Option<Bench>,
+    ) -> Result<(), Halt> {
+        let Some(mut active) = active else {
+            let why = self.no_active.clone();
+            self.push(skipped("latency", why));
+            return Ok(());
+        };
+        let began = Instant::now();
+        let grey = FrameDump::rgb("grey", 1280, 720, vec![114; 3 * 1280 * 720]);
+        let frame = real.unwrap_or(&grey);
+        let (mut mine, mut theirs) = (Times::default(), Times::default());
+        for pair in 0..WARM_UP + PAIRS {
+            let mut turns = [(&mut candidate, &mut mine), (&mut active, &mut theirs)];
+            // Who comes first finds colder caches.
+            if pair % 2 == 1 {
+                turns.reverse();
+            }
+            for (bench, times) in turns {
+                self.step(Work::Latency, bench.who);
+                let (cpu, wall) = (process_cpu(), Instant::now());
+                let ran = bench.detect(frame, self.thresholds());
+                let (cpu, wall) = (process_cpu() - cpu, wall.elapsed());
+                if let Err(reason) = ran {
+                    self.push(failed("latency", &reason, json!({})));
+                    return Err((Fault::Model, reason));
+                }
+                if pair >= WARM_UP {
+                    times.cpu_ms.push(cpu.as_secs_f64() * 1e3);
+                    times.wall_ms.push(wall.as_secs_f64() * 1e3);
+                }
+            }
+        }
+        self.phase("latency", began);
+        let engine = &self.request.engine;
+        let allowed = crate::affinity::allowed().len().max(1);
+        let cores = engine.cores.as_ref().map_or(allowed, Vec::len).min(engine.threads).max(1);
+        self.judged(latency::judge(&self.request.latency, cores, mine, theirs))
+    }
+}
+
+impl Bench {
+    /// Runs a frame; what was found is in `found`.
+    fn detect(&mut self, frame: &FrameDump, thresholds: Thresholds) -> Result<(), Reason> {
+        let mut runner = self.model.runner();
+        let failed = |e: RunError| failure(frame.name(), &e);
+        runner.preprocess(&frame.picture()).map_err(failed)?;
+        runner.run().map_err(failed)?;
+        runner.postprocess(&thresholds, &mut self.found).map_err(failed)
+    }
+
+    /// The same, with a look at the raw output before boxes are made of it.
+    fn look(
+        &mut self,
+        frame: &FrameDump,
+        thresholds: Thresholds,
+        watch: &mut examine::Watch,
+    ) -> Result<(), Reason> {
+        let mut runner = self.model.runner();
+        let failed = |e: RunError| failure(frame.name(), &e);
+        runner.preprocess(&frame.picture()).map_err(failed)?;
+        runner.run().map_err(failed)?;
+        watch.look(frame.name(), runner.raw().map_err(failed)?)?;
+        runner.postprocess(&thresholds, &mut self.found).map_err(failed)
+    }
+
+    fn labelled(&self) -> Vec<Labelled> {
+        let labels = &self.model.contract().labels;
+        let label = |d: &Detection| labels.get(d.class_id as usize).cloned().unwrap_or_default();
+        let found = self.found.iter();
+        found.map(|d| Labelled { label: label(d), corners: [d.x1, d.y1, d.x2, d.y2] }).collect()
+    }
+}
+
+impl Marks {
+    fn of(model: &Model, folder: &Folder) -> Self {
+        let labels = &model.contract().labels;
+        Self {
+            tallies: vec![Tally::default(); folder.names.len()],
+            known: folder.names.iter().map(|name| labels.contains(name)).collect(),
+            ..Self::default()
+        }
+    }
+}
+
+fn failure(frame: &str, error: &RunError) -> Reason {
+    let code = match error {
+        RunError::Output(DecodeError::NotFinite) => "nan_output",
+        RunError::Output(_) => "bad_output",
+        RunError::Picture(_) => "picture",
+        RunError::Session(_) | RunError::Terminated => "run",
+    };
+    out_of_memory(Reason::new(code, format!("{frame}: {error}")))
+}
+
+/// ONNX Runtime says in words only that memory was not to be had.
+fn out_of_memory(mut reason: Reason) -> Reason {
+    let said = reason.message.to_lowercase();
+    if ["bad_alloc", "failed to allocate", "out of memory"].iter().any(|words| said.contains(words))
+    {
+        reason.code = "memory_budget".into();
+    }
+    reason
+}

@@ -1,0 +1,91 @@
+//! The latency gate: the candidate and the active model in turns, in one process, by CPU time.
+//!
+//! A time measured at another moment, or by the clock on the wall of a busy box, says nothing; the
+//! ratio of two models that take turns does.
+
+use serde_json::json;
+
+use super::super::job::{Gate, Reason, Verdict};
+use super::request::Latency;
+use super::shift::median;
+use super::{failed, gate};
+use crate::records::rounded;
+
+/// Pairs of runs that are measured.
+pub(super) const PAIRS: usize = 40;
+/// Pairs before them.
+pub(super) const WARM_UP: usize = 3;
+
+/// Times of one model, a frame each, in milliseconds.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Times {
+    pub(super) cpu_ms: Vec<f64>,
+    pub(super) wall_ms: Vec<f64>,
+}
+
+impl Times {
+    fn medians(self) -> (f64, f64) {
+        (median(self.cpu_ms).unwrap_or(0.0), median(self.wall_ms).unwrap_or(0.0))
+    }
+}
+
+/// Judges; `cores` is how many of them a run can use.
+pub(super) fn judge(
+    rules: &Latency,
+    cores: usize,
+    candidate: Times,
+    active: Times,
+) -> (Gate, Option<Reason>) {
+    let pairs = candidate.cpu_ms.len();
+    let (cpu, wall) = candidate.medians();
+    let (active_cpu, active_wall) = active.medians();
+    let ratio = cpu / active_cpu.max(1e-6);
+    // As if the cores had nothing else to do, and so at most.
+    let per_camera =
+        |cpu_ms: f64| 1000.0 * cores as f64 / cpu_ms.max(1e-6) / rules.cameras.max(1) as f64;
+    let mut numbers = json!({
+        "pairs": pairs,
+        "ratio": rounded(ratio, 3),
+        "ratio_max": rules.ratio_max,
+        "budget_ms": rules.budget_ms,
+        "accept_slower": rules.accept_slower,
+        "candidate_cpu_ms": rounded(cpu, 3),
+        "active_cpu_ms": rounded(active_cpu, 3),
+        "candidate_wall_ms": rounded(wall, 3),
+        "active_wall_ms": rounded(active_wall, 3),
+        "frames_per_s_per_camera": rounded(per_camera(cpu), 1),
+    });
+    let times = format!("{cpu:.1} ms of CPU a frame, the active model {active_cpu:.1}");
+    let allowed = if ratio <= rules.ratio_max {
+        Some(format!("{ratio:.2} times the active model's time: {times}"))
+    } else if let Some(budget) = rules.budget_ms.filter(|budget| wall <= *budget) {
+        numbers["allowed_by"] = json!("latency_budget_ms");
+        Some(format!("{ratio:.2} times slower, but {wall:.1} ms are within {budget} ms: {times}"))
+    } else if let Some(accepted) = rules.accept_slower.filter(|accepted| ratio <= *accepted) {
+        numbers["allowed_by"] = json!("accept_slower");
+        Some(format!("{ratio:.2} times slower, {accepted} is accepted for it: {times}"))
+    } else {
+        None
+    };
+    match allowed {
+        Some(message) => (gate("latency", Verdict::Passed, message, numbers), None),
+        None => {
+            let reason = Reason::new("too_slow", refusal(rules, ratio, &times, per_camera(cpu)));
+            (failed("latency", &reason, numbers), Some(reason))
+        }
+    }
+}
+
+fn refusal(rules: &Latency, ratio: f64, times: &str, per_camera: f64) -> String {
+    let cameras = match rules.cameras {
+        1 => "the camera".to_owned(),
+        n => format!("each of {n} cameras"),
+    };
+    let accept = (ratio * 10.0).ceil() / 10.0;
+    let limit = rules.accept_slower.map_or(rules.ratio_max, |a| a.max(rules.ratio_max));
+    format!(
+        "is {ratio:.2} times slower than the active model, {limit} is allowed ({times}); \
+         {per_camera:.1} frames/s at most would be left for {cameras}. To allow it: \
+         --accept-slower {accept} for this model, latency_ratio_max or latency_budget_ms in [models]"
+    )
+}

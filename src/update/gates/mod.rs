@@ -1,0 +1,56 @@
+//! The gates of an update: what a model must show before it may run.
+//!
+//! ```text
+//! identity ─ structure ─ contract ─┬─ proving ─ calibration ─ shift ─ agreement ─ latency
+//! (store)    (`content`: pure)     │  (a child process: `proving` runs it, `child` is what it does)
+//! ```
+//!
+//! Every gate has a [`Gate`] in the report, with its numbers. One that could not run is SKIPPED and
+//! says why; it never counts as passed. A model meets ONNX Runtime in the child first: what crashes,
+//! hangs or eats memory there has touched nothing. The child judges by pure functions over what it
+//! measured: `examine`, `calibration`, `shift`, `agreement`, `latency`.
+
+mod agreement;
+mod calibration;
+mod child;
+mod confine;
+mod content;
+mod examine;
+mod folder;
+mod frame;
+mod latency;
+pub mod proving;
+mod request;
+mod score;
+mod shift;
+mod wire;
+
+use serde_json::{Value, json};
+
+pub use child::main as prove;
+pub use content::{Content, Rules, examine as content};
+pub use frame::{DumpError, FrameDump};
+pub use proving::{End, Limits, Outcome};
+pub use request::{Engine, Latency, Request, Subject};
+
+use super::job::{Gate, Reason, Verdict};
+
+/// Gates after identity, in the order of the report.
+pub const GATES: [&str; 7] =
+    ["structure", "contract", "proving", "calibration", "shift", "agreement", "latency"];
+
+fn gate(gate: &'static str, verdict: Verdict, message: impl Into<String>, numbers: Value) -> Gate {
+    Gate { gate: gate.into(), verdict, message: message.into(), numbers }
+}
+
+/// A gate that refuses: its numbers carry the code as well.
+fn failed(name: &'static str, reason: &Reason, mut numbers: Value) -> Gate {
+    if let Value::Object(numbers) = &mut numbers {
+        numbers.insert("code".into(), json!(reason.code));
+    }
+    gate(name, Verdict::Failed, reason.message.clone(), numbers)
+}
+
+fn skipped(name: &'static str, why: impl Into<String>) -> Gate {
+    gate(name, Verdict::Skipped, why, json!({}))
+}
