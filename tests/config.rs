@@ -290,6 +290,19 @@ const WRONG: &[Row] = &[
     (VALID, "models.factory", Some("false"), "models.factory = false: must be a path"),
     (
         VALID,
+        "models.allowed_hosts",
+        Some("[\"https://models.example\"]"),
+        "models.allowed_hosts = [\"https://models.example\"]: must be a list of hosts, each host or host:port, without a scheme",
+    ),
+    (VALID, "models.ca_file", Some("1"), "models.ca_file = 1: must be a path"),
+    (
+        VALID,
+        "models.max_size_mb",
+        Some("0"),
+        "models.max_size_mb = 0: must be a whole number from 1 to 2000",
+    ),
+    (
+        VALID,
         "web.listen",
         Some("\"x\""),
         "web is not a known key; known here: device, mqtt, camera, inference, models",

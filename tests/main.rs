@@ -4,11 +4,12 @@
 mod camera;
 mod cli;
 mod config;
+mod fetch;
 mod harness;
 mod model;
 mod mqtt;
 mod parity;
 mod queue;
 mod service;
-mod vision;
 mod update;
+mod vision;

@@ -9,10 +9,11 @@ mod reader;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use reader::{Key, Problem};
+pub use reader::{Key, Problem, is_slug};
 use reader::{Reader, Section};
 
 use crate::camera::source::Source;
+use crate::update::fetch::{self, AllowedHost};
 use crate::vision::picture::Matrix;
 
 /// Everything that the file says.
@@ -78,6 +79,25 @@ pub struct External {
     pub ca_file: Option<PathBuf>,
     /// Client certificate chain and key, PEM.
     pub client_cert: Option<(PathBuf, PathBuf)>,
+}
+
+impl External {
+    /// The broker at `mqtt://host:port` or `mqtts://host:port`.
+    ///
+    /// # Errors
+    /// What is wrong with the URL; holds no credentials.
+    pub fn at(url: &str) -> Result<Self, String> {
+        let (host, port, tls) = broker_address(url)?;
+        Ok(Self {
+            host,
+            port,
+            tls,
+            username: None,
+            password_file: None,
+            ca_file: None,
+            client_cert: None,
+        })
+    }
 }
 
 /// `[[camera]]`
@@ -188,6 +208,12 @@ impl Provider {
 pub struct Models {
     /// The model to start with.
     pub factory: Option<PathBuf>,
+    /// Hosts that a model may be fetched from; empty = no URL is taken.
+    pub allowed_hosts: Vec<AllowedHost>,
+    /// PEM file with the roots to trust when a model is fetched, instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The most bytes of a model that are taken, by every way in.
+    pub max_size: u64,
 }
 
 /// What is wrong with a configuration: all of it.
@@ -288,10 +314,7 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
     let ca_file = s.path("ca_file", None);
     let cert = s.path("client_cert_file", None);
     let key = s.path("client_key_file", None);
-    let prefix = s.matching("prefix", "noblink", "1 to 64 of a-z, A-Z, 0-9, _ and -", |p| {
-        (1..=64).contains(&p.len())
-            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
-    });
+    let prefix = s.matching("prefix", "noblink", PREFIX_ALLOWED, is_prefix);
     let broker = match (&url, embedded) {
         (_, None) => None,
         (Some(_), Some(true)) => {
@@ -362,6 +385,15 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
     };
     s.finish();
     Some(Mqtt { broker: broker?, prefix: prefix? })
+}
+
+/// What the first level of the topics may be.
+pub const PREFIX_ALLOWED: &str = "1 to 64 of a-z, A-Z, 0-9, _ and -";
+
+/// Whether it is [`PREFIX_ALLOWED`].
+pub fn is_prefix(p: &str) -> bool {
+    (1..=64).contains(&p.len())
+        && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
 }
 
 /// Host, port and whether TLS, or what is wrong with the URL. The password never stands in it.
@@ -475,6 +507,14 @@ fn inference(mut s: Section<'_, '_>) -> Option<Inference> {
 
 fn models(mut s: Section<'_, '_>) -> Option<Models> {
     let factory = s.path("factory", None);
+    let hosts = s.parsed("allowed_hosts", fetch::ALLOWED_HOSTS, |h| h.parse().ok());
+    let ca_file = s.path("ca_file", None);
+    let max_size_mb = s.integer("max_size_mb", 1..=2000, Some(512));
     s.finish();
-    Some(Models { factory })
+    Some(Models {
+        factory,
+        allowed_hosts: hosts.unwrap_or_default(),
+        ca_file,
+        max_size: max_size_mb? as u64 * 1_000_000,
+    })
 }

@@ -3,6 +3,7 @@
 mod commands;
 pub mod digest;
 pub mod event;
+pub mod fetch;
 pub mod job;
 pub mod machine;
 mod start;
