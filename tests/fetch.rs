@@ -2,6 +2,7 @@
 
 mod chunks;
 mod http;
+mod mqtt;
 mod server;
 
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Failure, Outcome, print_json};
+use super::{Failure, Outcome, print_json, push};
 use crate::model::contract::Overrides;
 use crate::model::inspect::Inspection;
 
@@ -16,11 +16,14 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Send a model to a device, and follow it to its end
+    Push(push::Args),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
     match command {
         Command::Inspect { file, json } => inspect(&file, json),
+        Command::Push(args) => push::run(args),
     }
 }
 

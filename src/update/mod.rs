@@ -6,6 +6,7 @@ pub mod event;
 pub mod fetch;
 pub mod job;
 pub mod machine;
+pub mod push;
 mod start;
 
 pub use start::{Origin, start_order};
