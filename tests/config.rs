@@ -355,6 +355,16 @@ const WRONG: &[Row] = &[
         "models.calibration.min_objects",
         Some("0"),
         "models.calibration.min_objects = 0: must be a whole number from 1 to 300",
+        "models.allowed_hosts",
+        Some("[\"https://models.example\"]"),
+        "models.allowed_hosts = [\"https://models.example\"]: must be a list of hosts, each host or host:port, without a scheme",
+    ),
+    (VALID, "models.ca_file", Some("1"), "models.ca_file = 1: must be a path"),
+    (
+        VALID,
+        "models.max_size_mb",
+        Some("0"),
+        "models.max_size_mb = 0: must be a whole number from 1 to 2000",
     ),
     (
         VALID,

@@ -4,6 +4,7 @@
 mod camera;
 mod cli;
 mod config;
+mod fetch;
 mod harness;
 mod model;
 mod mqtt;
