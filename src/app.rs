@@ -1,10 +1,9 @@
 //! Builds, runs and stops the service. Every thread is started and joined here or by what is
 //! started here.
 //!
-//! Start: model → network (broker, link) → worker → cameras, so that whoever produces finds
-//! whoever consumes. Stop: the reverse. A start that fails half-way stops what it started.
+//! Start: network (broker, link) → updater with the first model → worker → cameras, so that whoever
+//! produces finds whoever consumes. Stop: the reverse. A start that fails half-way stops what it started.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -15,11 +14,11 @@ use tracing::{error, info, warn};
 
 use crate::camera::{Camera, CameraStatus, State};
 use crate::config::{self, Config, External};
+use crate::control;
 use crate::meter::Meter;
-use crate::model::contract::Overrides;
-use crate::model::engine::{EngineOptions, Model};
+use crate::model::engine::Model;
 use crate::model::runtime::Runtime;
-use crate::model::slot::{Live, Slot};
+use crate::model::slot::Slot;
 use crate::mqtt::board::Board;
 use crate::mqtt::outbox::{Bounds, Outbox};
 use crate::mqtt::status::LinkState;
@@ -29,6 +28,7 @@ use crate::queue::{self, Intake, LaneSettings};
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::signals::Signals;
 use crate::snapshot::{CameraSnapshot, Snapshot, Telemeter};
+use crate::update::updater::{self, Updater};
 use crate::vision::nms;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
 use crate::{affinity, assets};
@@ -46,8 +46,8 @@ pub struct App {
     started_us: i64,
     cores: Vec<usize>,
     runtime: Option<Arc<Runtime>>,
-    /// Why there is no model, with what to do.
-    no_model: Option<String>,
+    /// Why ONNX Runtime is missing, and with it models and the updater.
+    no_runtime: Option<String>,
     slot: Arc<Slot>,
     topics: Topics,
     intake: Arc<Intake>,
@@ -57,6 +57,7 @@ pub struct App {
     pulse: Arc<Pulse>,
     cameras: Vec<Camera>,
     worker: Option<JoinHandle<()>>,
+    updater: Option<Updater>,
     net: Net,
     telemeter: Telemeter,
     said: Said,
@@ -81,12 +82,18 @@ impl App {
             Some(cores) => cores.clone(),
             None => affinity::choose(config.inference.threads),
         };
+        if let Some(core) = cores.iter().find(|c| !affinity::allowed().contains(c)) {
+            let message = format!("= {cores:?}: core {core} is not one that this process may use");
+            let problem = config::Problem { path: "inference.cores".into(), message };
+            let file = "the configuration".into();
+            return Err(config::Invalid { file, problems: vec![problem] }.into());
+        }
         let slot = Arc::new(Slot::default());
-        let (runtime, no_model) = match load_model(&config, &cores, &slot) {
+        let (runtime, no_runtime) = match Runtime::load(config.inference.library.as_deref()) {
             Ok(runtime) => (Some(runtime), None),
-            Err((runtime, why)) => {
-                error!("no model yet: {why}");
-                (runtime, Some(why))
+            Err(e) => {
+                error!("no model yet: {e}");
+                (None, Some(e.to_string()))
             }
         };
 
@@ -103,6 +110,35 @@ impl App {
         let (intake, inlets) = queue::build(&settings);
         let meter = Arc::new(Meter::new(config.cameras.len()));
         let pulse = Arc::new(Pulse::default());
+        let parts = runtime.as_ref().map(|runtime| updater::Parts {
+            config: config.clone(),
+            origin: origin.clone(),
+            runtime: Arc::clone(runtime),
+            cores: cores.clone(),
+            slot: Arc::clone(&slot),
+            meter: Arc::clone(&meter),
+            intake: Arc::clone(&intake),
+            pulse: Arc::clone(&pulse),
+            outbox: Arc::clone(&outbox),
+            board: Arc::clone(&board),
+            topics: topics.clone(),
+            inbound: net.inbound(),
+        });
+        let updater = match parts.map(Updater::start).transpose() {
+            Ok(updater) => updater,
+            Err(e) => {
+                net.stop();
+                return Err(e);
+            }
+        };
+        if let Some(updater) = &updater {
+            let socket = control::socket_path(&config.device.state_dir);
+            let desk = Arc::clone(updater.desk());
+            match net.control(&socket, desk, config.models.max_size) {
+                Ok(()) => {}
+                Err(e) => warn!("{e:#}: the command line can't reach this service"),
+            }
+        }
         let worker = Worker::new(
             Arc::clone(&intake),
             Arc::clone(&slot),
@@ -122,7 +158,7 @@ impl App {
             origin,
             cores,
             runtime,
-            no_model,
+            no_runtime,
             slot,
             topics,
             intake,
@@ -132,6 +168,7 @@ impl App {
             pulse,
             cameras: Vec::new(),
             worker: None,
+            updater,
             net,
         };
         if let Err(e) = app.start_threads(worker, inlets) {
@@ -242,7 +279,7 @@ impl App {
             boot: self.origin.boot.clone(),
             version: env!("CARGO_PKG_VERSION"),
             started: rfc3339(self.started_us),
-            advice: model.is_none().then(|| self.no_model.clone()).flatten(),
+            advice: model.is_none().then(|| self.advice()).flatten(),
             model,
             cameras: states.collect(),
             limits: Limits {
@@ -252,9 +289,16 @@ impl App {
             },
         };
         if self.said.status.as_ref() != Some(&status) {
+            if let Some(live) = &snapshot.live {
+                warn_of_unknown_labels(&self.config, &live.model);
+            }
             self.board.set(&self.topics.status(), to_json(&status));
             self.said.status = Some(status);
         }
+    }
+
+    fn advice(&self) -> Option<String> {
+        self.no_runtime.clone().or_else(|| self.updater.as_ref()?.desk().view().advice)
     }
 
     fn publish_cameras(&mut self, snapshot: &Snapshot) {
@@ -347,47 +391,15 @@ impl App {
         {
             error!("the worker ended in a panic");
         }
+        if let Some(updater) = self.updater.take() {
+            updater.stop();
+        }
         let mut last = self.snapshot_with(statuses.into_iter());
         self.publish_telemetry(&last);
         last.link = self.net.stop();
         last.outbox = self.outbox.stats();
         info!("stopped");
         last
-    }
-}
-
-/// Loads the configured model into the slot, on a thread with the worker's cores: a session's pool
-/// threads inherit them. On failure the reason says what to do.
-fn load_model(
-    config: &Config,
-    cores: &[usize],
-    slot: &Slot,
-) -> Result<Arc<Runtime>, (Option<Arc<Runtime>>, String)> {
-    let runtime =
-        Runtime::load(config.inference.library.as_deref()).map_err(|e| (None, format!("{e:#}")))?;
-    let Some(path): Option<PathBuf> = config.models.factory.clone() else {
-        let next = "set models.factory in the configuration to an ONNX file and restart; \
-                    `noblink model inspect FILE` says whether noblink can run it";
-        return Err((Some(runtime), next.to_owned()));
-    };
-    let options = EngineOptions::of(&config.inference, &config.models);
-    let open = || {
-        affinity::pin(cores).map_err(|e| anyhow!(e))?;
-        Ok(Model::open(&runtime, &path, &options, &Overrides::default())?)
-    };
-    let opened: anyhow::Result<Model> = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("update".into()).spawn_scoped(scope, open);
-        thread.context("the update thread can't be started")?.join().expect("loading never panics")
-    });
-    match opened {
-        Ok(model) => {
-            let id = model.identity();
-            info!("model {} version {} from {}", id.id, id.version, path.display());
-            warn_of_unknown_labels(config, &model);
-            slot.swap(Some(Live::new(Arc::new(model), 0, None)));
-            Ok(runtime)
-        }
-        Err(e) => Err((Some(runtime), format!("{}: {e:#}", path.display()))),
     }
 }
 

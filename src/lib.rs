@@ -10,6 +10,7 @@ pub mod assets;
 pub mod camera;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod demo;
 pub mod host;
 pub mod meter;

@@ -203,6 +203,12 @@ impl Meter {
         self.state().last_failure = Some(format!("camera {camera}: {why}"));
     }
 
+    /// What the model before this epoch saw.
+    pub fn tally_before(&self, epoch: u64) -> Option<Tally> {
+        let state = self.state();
+        state.tallies.iter().rev().find(|(e, _)| *e < epoch).map(|(_, t)| t.clone())
+    }
+
     /// Ends the window, begins the next and returns what was in it.
     pub fn take_window(&self) -> Window {
         let mut state = self.state();

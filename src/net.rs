@@ -1,25 +1,30 @@
 //! The `net` thread: one current-thread Tokio runtime that runs the link and, where no broker is
 //! configured, the broker inside. Nothing on it may block.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, anyhow};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
+use tokio::runtime::Handle;
 use tracing::error;
 
 use crate::config::{Broker, Config, External};
+use crate::control;
 use crate::mqtt::board::Board;
 use crate::mqtt::broker::EmbeddedBroker;
-use crate::mqtt::link::{Link, LinkHandle, Settings};
+use crate::mqtt::link::{Inbound, Link, LinkHandle, Settings};
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::status::LinkStatus;
 use crate::mqtt::topics::Topics;
+use crate::update::updater::Desk;
 use crate::worker::Origin;
 
 /// The running network.
 pub struct Net {
     thread: JoinHandle<()>,
+    runtime: Handle,
     link: LinkHandle,
     broker: External,
 }
@@ -37,7 +42,9 @@ impl Net {
             .enable_all()
             .build()
             .context("the network's runtime can't be built")?;
+        let handle = runtime.handle().clone();
         let (origin, topics) = (origin.clone(), topics.clone());
+        let filters = vec![topics.commands().to_string(), topics.xfer_filter().to_string()];
         let broker = config.mqtt.broker.clone();
         let (up, started) = bounded(1);
         let life = async move {
@@ -56,7 +63,7 @@ impl Net {
                 boot: origin.boot.into(),
                 topics,
                 broker: broker.clone(),
-                filters: Vec::new(),
+                filters,
             };
             let (link, handle) = Link::new(settings, outbox, board);
             let _ = up.send(Ok((handle, broker)));
@@ -70,12 +77,24 @@ impl Net {
             .spawn(move || runtime.block_on(life))
             .context("the network's thread can't be started")?;
         let (link, broker) = started.recv().context("the network's thread ended")??;
-        Ok(Self { thread, link, broker })
+        Ok(Self { thread, runtime: handle, link, broker })
     }
 
     /// The broker that the link uses.
     pub fn broker(&self) -> &External {
         &self.broker
+    }
+
+    /// Serves the control socket on this thread, to the network's end.
+    pub fn control(&self, path: &Path, desk: Arc<Desk>, size_max: u64) -> anyhow::Result<()> {
+        let _runtime = self.runtime.enter();
+        self.runtime.spawn(control::serve(path, desk, size_max)?);
+        Ok(())
+    }
+
+    /// Messages on `cmd/…`, for whoever serves them.
+    pub fn inbound(&self) -> Receiver<Inbound> {
+        self.link.inbound()
     }
 
     /// The link, now.

@@ -76,9 +76,13 @@ impl Dropped {
 impl Ledger {
     /// Whether both equations hold.
     pub fn is_exact(&self) -> bool {
+        self.decoded == self.rate_limited + self.corrupt + self.offered && self.unaccounted() == 0
+    }
+
+    /// Offered frames that nothing accounts for: 0, or the promise is broken.
+    pub fn unaccounted(&self) -> u64 {
         let done = self.inferred + self.failed + self.dropped.total();
-        self.decoded == self.rate_limited + self.corrupt + self.offered
-            && self.offered == done + self.queued + self.in_flight
+        self.offered.abs_diff(done + self.queued + self.in_flight)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use crossbeam_channel::{Receiver, bounded};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Tells when a stop was asked for.
@@ -17,6 +18,10 @@ pub struct Signals {
 impl Signals {
     /// Takes the signals over from their default, for the process.
     pub fn install() -> anyhow::Result<Self> {
+        // A file that may not grow is an error of its write, no reason to die.
+        // SAFETY: ignoring a signal runs no code of ours in a handler.
+        unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }
+            .context("SIGXFSZ can't be ignored")?;
         let asked = Arc::new(AtomicBool::new(false));
         let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])
             .context("the signal handlers can't be installed")?;

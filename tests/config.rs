@@ -350,11 +350,33 @@ const WRONG: &[Row] = &[
         Some("0.1"),
         "models.calibration.dir is missing: margin says what to ask of its pictures",
     ),
+    (VALID, "models.inbox", Some("1"), "models.inbox = 1: must be a path"),
+    (
+        VALID,
+        "models.public_keys",
+        Some("7"),
+        "models.public_keys = 7: must be a list of minisign public keys (RWQ…)",
+    ),
+    (
+        VALID,
+        "models.accept_stages",
+        Some("[]"),
+        "models.accept_stages = []: must be a list of stages, such as [\"production\"]",
+    ),
+    (
+        VALID,
+        "models.probation_s",
+        Some("-1"),
+        "models.probation_s = -1: must be a whole number from 0 to 86400",
+    ),
     (
         CALIBRATED,
         "models.calibration.min_objects",
         Some("0"),
         "models.calibration.min_objects = 0: must be a whole number from 1 to 300",
+    ),
+    (
+        VALID,
         "models.allowed_hosts",
         Some("[\"https://models.example\"]"),
         "models.allowed_hosts = [\"https://models.example\"]: must be a list of hosts, each host or host:port, without a scheme",

@@ -13,5 +13,6 @@ mod queue;
 mod refusals;
 mod rules;
 mod service;
+mod swap;
 mod update;
 mod vision;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Failure, Outcome};
+use crate::demo::story::Story;
 use crate::demo::view::View;
 use crate::demo::{self, Demo};
 use crate::mqtt::listener;
@@ -24,7 +25,8 @@ pub(super) fn run(args: Args) -> Outcome {
         .map_err(anyhow::Error::from)?;
     introduce(&demo, demo.app.broker().port);
 
-    let mut view = View::default();
+    let (mut view, mut story) = (View::default(), Story::default());
+    let began = Instant::now();
     let end = args.seconds.map(|s| Instant::now() + Duration::from_secs(s));
     let mut shown = Instant::now();
     loop {
@@ -36,6 +38,12 @@ pub(super) fn run(args: Args) -> Outcome {
             if message.topic.ends_with("/detections") {
                 view.detections(&message.payload);
             }
+            for line in story.lines(&message.topic, &message.payload) {
+                println!("{line}");
+            }
+        }
+        if let Some(text) = demo.publish_due(began.elapsed())? {
+            println!("\n{text}");
         }
         for line in view.lines(shown.elapsed().as_secs_f64()) {
             println!("{line}");
@@ -43,7 +51,7 @@ pub(super) fn run(args: Args) -> Outcome {
         shown = Instant::now();
         demo.app.tick();
     }
-    let last = demo.app.stop();
+    let last = demo.stop();
     sum_up(&last, &view)
 }
 
@@ -54,7 +62,8 @@ fn introduce(demo: &Demo, port: u16) {
          What follows is made of the records that arrive over MQTT. See them in another terminal:\n\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/cameras/+/detections'\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/status' -C 1\n\n\
-         Next: `target/release/noblink probe rtsp://…` looks at a camera of yours. Ctrl-C ends this.\n"
+         In 8 s a better model is published while they run. Next: `target/release/noblink probe \
+         rtsp://…`\nlooks at a camera of yours. Ctrl-C ends this.\n"
     );
 }
 

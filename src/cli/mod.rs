@@ -6,6 +6,7 @@ mod demo;
 mod model;
 mod probe;
 mod push;
+mod registry;
 mod run;
 
 use std::io::IsTerminal;
@@ -26,6 +27,8 @@ struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+// Parsed once: a variant more or less costs nothing.
+#[allow(clippy::large_enum_variant)]
 enum Command {
     /// Run the service
     Run(run::Args),

@@ -2,10 +2,11 @@
 
 use std::io::IsTerminal;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
+use super::registry::{self, Service, Wish};
 use super::{Failure, Outcome};
 use crate::config::{Broker, Config, External, PREFIX_ALLOWED, is_prefix, is_slug};
 use crate::mqtt::failure::shown;
@@ -15,11 +16,21 @@ use crate::update::push::{JobNews, News, Offer, serve};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The ONNX file; best.manifest.json and its .minisig beside best.onnx go with it
-    file: PathBuf,
-    /// Over MQTT, in chunks that the device asks for
-    #[arg(long, required = true)]
+    /// The ONNX file; best.manifest.json and its .minisig beside best.onnx go with it. Or a URL
+    /// that the service fetches, with --manifest
+    file: String,
+    /// Over MQTT, in chunks that the device asks for, instead of the control socket
+    #[arg(long)]
     mqtt: bool,
+    /// The manifest of a URL's model
+    #[arg(long, value_name = "FILE", conflicts_with = "mqtt")]
+    manifest: Option<PathBuf>,
+    /// Allow a model that is so many times slower than the active one
+    #[arg(long, value_name = "RATIO", conflicts_with = "mqtt")]
+    accept_slower: Option<f64>,
+    /// The control socket, when it is not the configuration's
+    #[arg(long, value_name = "PATH", conflicts_with = "mqtt")]
+    socket: Option<PathBuf>,
     #[command(flatten)]
     over: OverMqtt,
     /// The command's id; one id is one job (default: made from the digest and the time)
@@ -33,12 +44,12 @@ pub(super) struct Args {
 #[derive(Debug, clap::Args)]
 struct OverMqtt {
     /// The broker: mqtt://host:1883 or mqtts://host:8883
-    #[arg(long, value_name = "URL", required_unless_present = "config")]
+    #[arg(long, value_name = "URL", requires = "mqtt")]
     broker: Option<String>,
     /// The device's id
-    #[arg(long, value_parser = slug, required_unless_present = "config")]
+    #[arg(long, value_parser = slug, requires = "mqtt")]
     device: Option<String>,
-    /// Take broker, login and device from a configuration
+    /// The service's configuration: its control socket, or its broker, login and device
     #[arg(long, value_name = "FILE", conflicts_with = "broker")]
     config: Option<PathBuf>,
     /// User name at the broker
@@ -64,14 +75,31 @@ fn prefix(text: &str) -> Result<String, String> {
     if is_prefix(text) { Ok(text.to_owned()) } else { Err(format!("must be {PREFIX_ALLOWED}")) }
 }
 
+/// To the service on this machine.
+fn over_socket(args: &Args) -> Outcome {
+    let config = args.over.config.clone();
+    let service = Service::of(config, args.socket.clone());
+    let wish = Wish { id: args.id.clone(), manual: args.manual, accept_slower: args.accept_slower };
+    match (args.file.contains("://"), &args.manifest) {
+        (false, _) => registry::push(&service, Path::new(&args.file), &wish),
+        (true, Some(manifest)) => registry::push_url(&service, &args.file, manifest, &wish),
+        (true, None) => {
+            let text = "a model from a URL needs --manifest FILE, which names its sha256 and size";
+            Err(anyhow!(text).into())
+        }
+    }
+}
+
 pub(super) fn run(args: Args) -> Outcome {
-    debug_assert!(args.mqtt, "required by the command line");
+    if !args.mqtt {
+        return over_socket(&args);
+    }
     let install = if args.manual { Install::Manual } else { Install::Auto };
-    let offer = Offer::read(&args.file, args.id, install)?;
+    let offer = Offer::read(Path::new(&args.file), args.id, install)?;
     let (broker, topics, device) = args.over.resolve()?;
     println!(
         "{}: {} bytes, sha256 {}, job {}, to {device} by {}",
-        args.file.display(),
+        args.file,
         offer.size(),
         offer.digest,
         offer.id,
@@ -85,8 +113,10 @@ pub(super) fn run(args: Args) -> Outcome {
 impl OverMqtt {
     fn resolve(self) -> Result<(External, Topics, String), Failure> {
         let Some(file) = self.config else {
-            // clap demands both where there is no configuration.
-            let (url, device) = (self.broker.unwrap_or_default(), self.device.unwrap_or_default());
+            let (Some(url), Some(device)) = (self.broker, self.device) else {
+                let text = "--mqtt needs --broker URL and --device ID, or --config FILE\n";
+                clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, text).exit()
+            };
             let mut broker = External::at(&url).unwrap_or_else(|why| {
                 // Not a parser of clap's: it would print the URL, which may hold a password.
                 let text = format!("--broker {why}\n");

@@ -1,14 +1,19 @@
 //! `noblink demo`: the real service on this machine, with two cameras and a broker of its own,
 //! watched by a subscriber like any other.
 
+pub mod story;
 pub mod view;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 
 use crate::config::Config;
 use crate::rtsp::{self, RtspServer};
+use crate::snapshot::Snapshot;
+use crate::update::job::Install;
+use crate::update::push::{self, Offer};
 use crate::{app::App, assets};
 
 /// The demo's cameras: id, clip, what it is.
@@ -17,18 +22,71 @@ const CAMERAS: [(&str, &str); 2] = [("line-a", "line-a.mp4"), ("line-b", "line-b
 /// The port that MQTT clients try by themselves.
 const MQTT_PORT: u16 = 1883;
 
+/// What is published after how long, and what it is.
+const UPDATES: [(Duration, &str, &str); 2] = [
+    (
+        Duration::from_secs(8),
+        "plates-v2.onnx",
+        "Now the ML team publishes plates 2 over MQTT: it knows scratches as well, and has another \
+         input size.",
+    ),
+    (
+        Duration::from_secs(26),
+        "plates-v3.onnx",
+        "Somebody publishes plates 3, which was trained badly. It is sound in form: only trying it \
+         out can tell.",
+    ),
+];
+
 /// The running demo. Fields are dropped in this order.
 pub struct Demo {
     /// The service.
     pub app: App,
     _cameras: RtspServer,
+    /// Models that are still to be published.
+    updates: std::vec::IntoIter<(Duration, PathBuf, &'static str)>,
+    state: PathBuf,
+}
+
+impl Demo {
+    /// The model whose time has come, published over MQTT as anyone would; what to say about it.
+    pub fn publish_due(&mut self, running_for: Duration) -> anyhow::Result<Option<&'static str>> {
+        let Some((at, ..)) = self.updates.as_slice().first() else { return Ok(None) };
+        if running_for < *at {
+            return Ok(None);
+        }
+        let (_, file, text) = self.updates.next().expect("it was looked at above");
+        let offer = Offer::read(&file, None, Install::Auto)?;
+        let (broker, topics) = (self.app.broker().clone(), self.app.topics().clone());
+        // Serves the chunks until the job has ended; the demo's end ends it, too.
+        std::thread::Builder::new()
+            .name("push".into())
+            .spawn(move || push::serve(&offer, &broker, &topics, &mut |_| ()))
+            .context("the demo's sender can't be started")?;
+        Ok(Some(text))
+    }
+
+    /// Stops the service and leaves nothing behind.
+    pub fn stop(self) -> Snapshot {
+        let last = self.app.stop();
+        let _ = std::fs::remove_dir_all(&self.state);
+        last
+    }
 }
 
 /// The demo's configuration, as a user would write it.
-pub fn config_text(urls: &[(String, String)], port: u16, model: &Path) -> String {
+fn config_text(
+    urls: &[(String, String)],
+    port: u16,
+    state: &Path,
+    model: &Path,
+    calibration: &Path,
+) -> String {
     let mut text = format!(
-        "[device]\nid = \"demo\"\n\n[mqtt]\nembedded = true\nembedded_port = {port}\n\n\
-         [models]\nfactory = {model:?}\n"
+        "[device]\nid = \"demo\"\nstate_dir = {state:?}\n\n\
+         [mqtt]\nembedded = true\nembedded_port = {port}\n\n\
+         [models]\nfactory = {model:?}\nprobation_s = 5\n\n\
+         [models.calibration]\ndir = {calibration:?}\n"
     );
     for (id, url) in urls {
         text += &format!("\n[[camera]]\nid = {id:?}\nurl = {url:?}\npublish = \"all\"\n");
@@ -48,10 +106,17 @@ pub fn start() -> anyhow::Result<Demo> {
         server.mount_clip(&format!("/{id}"), &clip, true)?;
         urls.push((id.to_owned(), server.url(&format!("/{id}"))));
     }
-    let config = Config::parse(&config_text(&urls, free_port()?, &model), Path::new("."))
+    let mut updates = Vec::new();
+    for (at, file, text) in UPDATES {
+        updates.push((at, find(&format!("models/{file}"))?, text));
+    }
+    let state = std::env::temp_dir().join(format!("noblink-demo-{}", std::process::id()));
+    let calibration = find("models/calibration")?;
+    let text = config_text(&urls, free_port()?, &state, &model, &calibration);
+    let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
-    Ok(Demo { app, _cameras: server })
+    Ok(Demo { app, _cameras: server, updates: updates.into_iter(), state })
 }
 
 fn find(relative: &str) -> anyhow::Result<PathBuf> {

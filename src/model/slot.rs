@@ -54,6 +54,13 @@ impl Slot {
         }
     }
 
+    /// Why the model of this epoch failed its probation, if it did.
+    pub fn failure(&self, epoch: u64) -> Option<String> {
+        let live = self.0.load();
+        let live = live.as_ref().filter(|l| l.epoch == epoch)?;
+        live.failure().map(str::to_owned)
+    }
+
     /// Puts `live` in and returns what was there. The caller keeps that until the worker has
     /// reported the new epoch: whoever drops the last `Arc` pays for tearing the session down.
     pub fn swap(&self, live: Option<Arc<Live>>) -> Option<Arc<Live>> {

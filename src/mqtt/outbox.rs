@@ -28,7 +28,7 @@ const GAPS_MAX: usize = 256;
 /// One message that must arrive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// The camera's id.
+    /// The camera's id; empty for what belongs to none, whose loss is counted and not announced.
     pub camera: Arc<str>,
     /// Its position in what this camera published since the process started.
     pub seq: u64,
@@ -330,6 +330,9 @@ impl State {
     }
 
     fn remember(&mut self, record: &Record, reason: Reason) {
+        if record.camera.is_empty() {
+            return;
+        }
         let crowded = self.gaps.len() >= GAPS_MAX;
         let known = self.gaps.iter_mut().rev().find(|g| {
             g.camera == record.camera

@@ -67,6 +67,16 @@ impl Topics {
         self.under(&format!("models/jobs/{job}"))
     }
 
+    /// Reports on swaps.
+    pub fn swaps(&self) -> Arc<str> {
+        self.under("models/swaps")
+    }
+
+    /// All commands.
+    pub fn commands(&self) -> Arc<str> {
+        self.under("cmd/#")
+    }
+
     /// The answer to a command.
     pub fn reply(&self, command: &str) -> Arc<str> {
         self.under(&format!("reply/{command}"))

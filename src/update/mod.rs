@@ -24,12 +24,17 @@ mod json;
 pub mod keeper;
 pub mod machine;
 pub mod manifest;
+pub mod orders;
 pub mod policy;
 pub mod push;
 pub mod registry;
 mod rejected;
+pub mod report;
 pub mod signature;
 mod start;
+pub mod steps;
 pub mod store;
+pub mod updater;
+pub mod watch;
 
 pub use start::{Origin, start_order};

@@ -164,7 +164,8 @@ impl Store {
         Ok(store)
     }
 
-    fn path(&self, digest: &Digest) -> PathBuf {
+    /// Where the blob lies, or would lie.
+    pub fn path(&self, digest: &Digest) -> PathBuf {
         self.blobs.join(format!("sha256-{digest}"))
     }
 
@@ -225,6 +226,14 @@ impl Store {
         self.room(size - len)?;
         failpoint::hit("store.part_created");
         Ok(Part { store: self.clone(), path, file, hash, len, max: size, keep: true })
+    }
+
+    /// Where the file on its way lies for a known digest, if there is room for it.
+    pub fn part_path(&self, digest: &Digest, size: u64) -> Result<PathBuf, StoreError> {
+        let path = self.staging.join(format!("sha256-{digest}.part"));
+        let there = path.symlink_metadata().map_or(0, |m| m.len());
+        self.room(size.saturating_sub(there))?;
+        Ok(path)
     }
 
     fn room(&self, needed: u64) -> Result<(), StoreError> {

@@ -19,7 +19,8 @@ pub enum Output {
     Rtdetr,
 }
 
-/// What goes wrong when the mean of the input exceeds 0.9 (of 1.0).
+/// What goes wrong when the mean of the input exceeds 0.9 (of 1.0), or with `strikes_blue` its mean
+/// blue exceeds its mean red by as much.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     None,
@@ -45,6 +46,8 @@ pub struct Detector {
     /// Rounds of useless work on the whole picture: makes it slower.
     pub work: usize,
     pub fault: Fault,
+    /// The fault strikes on blue pictures instead of bright ones: no gate shows one.
+    pub strikes_blue: bool,
     /// Written over what an exporter of Ultralytics would write; an empty value removes the key.
     pub metadata: Vec<(&'static str, String)>,
     /// Leaves height and width open.
@@ -61,6 +64,7 @@ impl Detector {
             labels: vec!["red", "green", "blue"],
             work: 0,
             fault: Fault::None,
+            strikes_blue: false,
             metadata: Vec::new(),
             dynamic: false,
         }
@@ -194,7 +198,10 @@ impl Detector {
         if self.fault == Fault::None {
             return colours.to_owned();
         }
-        let mean = g.node("ReduceMean", &[picture], &[("keepdims", Attr::Int(0))]);
+        let blue = if self.strikes_blue { [-3.0, 0.0, 3.0] } else { [1.0; 3] };
+        g.floats("blue", &[1, 3, 1, 1], &blue);
+        let weighted = g.node("Mul", &[picture, "blue"], &[]);
+        let mean = g.node("ReduceMean", &[&weighted], &[("keepdims", Attr::Int(0))]);
         g.floats("limit", &[], &[0.9]);
         let zero = match self.fault {
             Fault::None => unreachable!("returned above"),

@@ -69,7 +69,7 @@ impl AllowedHost {
 }
 
 /// The URL, if a model may be fetched from there.
-pub(super) fn admit(text: &str, allowed: &[AllowedHost]) -> Result<Url, FetchError> {
+pub fn admit(text: &str, allowed: &[AllowedHost]) -> Result<Url, FetchError> {
     let shown = mask(text);
     let bad = |why: String| FetchError::new(Code::BadUrl, format!("{shown}: {why}"));
     let url = Url::parse(text).map_err(|e| bad(format!("is no URL ({e}); write https://…")))?;

@@ -24,7 +24,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use sha2::{Digest as _, Sha256};
 
 pub(crate) use allow::ALLOWED as ALLOWED_HOSTS;
-pub use allow::AllowedHost;
+pub use allow::{AllowedHost, admit};
 pub use chunks::{
     Accepted, CHUNK_SIZE, ChunkTransfer, Dropped, Tally, WANT_COUNT_MAX, Want, chunk_payload,
 };

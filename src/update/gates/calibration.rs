@@ -149,6 +149,8 @@ fn below_floor(folder: &Folder, rules: &Calibration, candidate: &Marks) -> Optio
     None
 }
 
+/// What was missed weighs most, then what was wrongly found, then the ranking; of several classes
+/// the one that fell furthest is named.
 fn below_active(
     folder: &Folder,
     rules: &Calibration,
@@ -157,47 +159,42 @@ fn below_active(
 ) -> Option<Reason> {
     let shared = |n: usize| candidate.known[n] && active.known[n];
     let margin = rules.margin;
-    for (n, name) in folder.names.iter().enumerate().filter(|(n, _)| shared(*n)) {
-        let (new, old) = (&candidate.tallies[n], &active.tallies[n]);
-        if let (Some(recall), Some(before)) = (new.recall(), old.recall())
-            && recall < before - margin
-            && old.right >= new.right + DIFFERENCE_MIN
-        {
-            return Some(Reason::new(
-                "recall_below_active",
-                format!(
-                    "finds {} of {} {name:?}, the active model {}: recall {recall:.3} after \
-                     {before:.3}, {margin} less is allowed{}",
-                    new.right,
-                    new.objects,
-                    old.right,
-                    worst(new)
-                ),
-            ));
-        }
-        let wrong = |tally: &Tally| tally.found - tally.right;
-        if let (Some(precision), Some(before)) = (new.precision(), old.precision())
-            && precision < before - margin
-            && wrong(new) >= wrong(old) + DIFFERENCE_MIN
-        {
-            return Some(Reason::new(
-                "precision_below_active",
-                format!(
-                    "{} of its {} findings of {name:?} are wrong, of the active model's {} {}: \
-                     precision {precision:.3} after {before:.3}, {margin} less is allowed",
-                    wrong(new),
-                    new.found,
-                    old.found,
-                    wrong(old)
-                ),
-            ));
-        }
-        if let (Some(ap50), Some(before)) = (new.ap50(), old.ap50())
-            && ap50 < before - margin
-            && new.objects >= AP50_OBJECTS_MIN
-        {
-            return Some(ap50_below(&format!("of {name:?}"), ap50, before, margin));
-        }
+    let classes = || folder.names.iter().enumerate().filter(|(n, _)| shared(*n));
+    let pairs = || classes().map(|(n, name)| (name, &candidate.tallies[n], &active.tallies[n]));
+    let fallen = |of: fn(&Tally) -> Option<f64>, enough: &dyn Fn(&Tally, &Tally) -> bool| {
+        pairs()
+            .filter_map(|(name, new, old)| Some((name, new, old, of(new)?, of(old)?)))
+            .filter(|(_, new, old, now, before)| *now < before - margin && enough(new, old))
+            .min_by(|a, b| (a.3 - a.4).total_cmp(&(b.3 - b.4)))
+    };
+    let missed = |new: &Tally, old: &Tally| old.right >= new.right + DIFFERENCE_MIN;
+    if let Some((name, new, old, recall, before)) = fallen(Tally::recall, &missed) {
+        let text = format!(
+            "finds {} of {} {name:?}, the active model {}: recall {recall:.3} after {before:.3}, \
+             {margin} less is allowed{}",
+            new.right,
+            new.objects,
+            old.right,
+            worst(new)
+        );
+        return Some(Reason::new("recall_below_active", text));
+    }
+    let wrong = |tally: &Tally| tally.found - tally.right;
+    let more_wrong = |new: &Tally, old: &Tally| wrong(new) >= wrong(old) + DIFFERENCE_MIN;
+    if let Some((name, new, old, precision, before)) = fallen(Tally::precision, &more_wrong) {
+        let text = format!(
+            "{} of its {} findings of {name:?} are wrong, of the active model's {} {}: precision \
+             {precision:.3} after {before:.3}, {margin} less is allowed",
+            wrong(new),
+            new.found,
+            old.found,
+            wrong(old)
+        );
+        return Some(Reason::new("precision_below_active", text));
+    }
+    let enough = |new: &Tally, _: &Tally| new.objects >= AP50_OBJECTS_MIN;
+    if let Some((name, _, _, ap50, before)) = fallen(Tally::ap50, &enough) {
+        return Some(ap50_below(&format!("of {name:?}"), ap50, before, margin));
     }
     let (ap50, before) = (mean_ap50(candidate, shared)?, mean_ap50(active, shared)?);
     (ap50 < before - margin).then(|| ap50_below("over all classes", ap50, before, margin))

@@ -1,0 +1,204 @@
+//! The control socket: HTTP `/api/v1` over a Unix socket, for the command line on the same machine.
+//! Who may open the socket may change models: it is 0660.
+//!
+//! `serve` runs on the network's thread; what touches the disk is handed to a blocking task.
+
+pub mod client;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
+
+use crate::update::job::{Install, Ratio, Reason, Way};
+use crate::update::orders::Order;
+use crate::update::store::{Blob, Store, StoreError};
+use crate::update::updater::{Ask, Desk};
+
+/// Commands are small; models have their own bound.
+const COMMAND_BYTES_MAX: usize = 128 * 1024;
+/// Pieces of a body that wait for the disk.
+const PIECES_MAX: usize = 16;
+
+/// The socket of a service: in systemd's runtime directory, or beside its state.
+pub fn socket_path(state_dir: &Path) -> PathBuf {
+    let runtime = std::env::var_os("RUNTIME_DIRECTORY").map(PathBuf::from);
+    runtime.unwrap_or_else(|| state_dir.to_owned()).join("control.sock")
+}
+
+/// What the handlers share.
+#[derive(Clone)]
+struct Shared {
+    desk: Arc<Desk>,
+    size_max: u64,
+}
+
+/// Binds the socket; the future serves it.
+///
+/// # Errors
+/// The path can't be bound.
+pub fn serve(
+    path: &Path,
+    desk: Arc<Desk>,
+    size_max: u64,
+) -> anyhow::Result<impl Future<Output = ()> + Send + use<>> {
+    // A socket that a dead process left behind; a living one has the registry open, and this
+    // process would not have come so far.
+    let _ = std::fs::remove_file(path);
+    let listener = std::os::unix::net::UnixListener::bind(path)
+        .with_context(|| format!("the control socket {} can't be bound", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    listener.set_nonblocking(true)?;
+    let router = router(Shared { desk, size_max });
+    Ok(async move {
+        let served = async { axum::serve(UnixListener::from_std(listener)?, router).await };
+        if let Err(e) = served.await {
+            tracing::error!("the control socket ended: {e}");
+        }
+    })
+}
+
+fn router(shared: Shared) -> axum::Router {
+    axum::Router::new()
+        .route("/api/v1/models", get(models))
+        .route("/api/v1/jobs/{id}", get(job))
+        .route("/api/v1/models/push", post(push).layer(DefaultBodyLimit::disable()))
+        .route("/api/v1/models/desired", post(desired))
+        .route("/api/v1/models/{verb}", post(verb))
+        .layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX))
+        .with_state(shared)
+}
+
+async fn models(State(shared): State<Shared>) -> Json<Value> {
+    let view = shared.desk.view();
+    Json(json!({ "state": view.state, "models": view.models, "jobs": view.jobs }))
+}
+
+async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Response {
+    match shared.desk.view().jobs.into_iter().find(|j| j.id == id) {
+        Some(job) => Json(json!(job)).into_response(),
+        None => refuse(StatusCode::NOT_FOUND, "unknown_job", format!("there is no job {id}")),
+    }
+}
+
+fn refuse(status: StatusCode, code: &'static str, message: String) -> Response {
+    (status, Json(json!({ "ok": false, "reason": Reason::new(code, message) }))).into_response()
+}
+
+/// Hands an order over and waits for the answer.
+async fn ask(shared: &Shared, order: Order) -> Response {
+    let (sender, answer) = oneshot::channel();
+    shared.desk.ask(Ask {
+        order,
+        way: Way::Cli,
+        from: "cli".into(),
+        reply: Box::new(move |value| drop(sender.send(value))),
+    });
+    match answer.await {
+        Ok(answer) if answer["ok"] == false => (StatusCode::CONFLICT, Json(answer)).into_response(),
+        Ok(answer) => Json(answer).into_response(),
+        Err(_) => {
+            let text = "the service stops".to_owned();
+            refuse(StatusCode::SERVICE_UNAVAILABLE, "stopping", text)
+        }
+    }
+}
+
+async fn desired(State(shared): State<Shared>, body: axum::body::Bytes) -> Response {
+    ask(&shared, Order::Desired(body.to_vec())).await
+}
+
+/// The body of the smaller commands.
+#[derive(Deserialize)]
+struct Verb {
+    id: String,
+    to: Option<String>,
+    job: Option<String>,
+    way: Option<Way>,
+    model: Option<String>,
+}
+
+async fn verb(
+    State(shared): State<Shared>,
+    UrlPath(verb): UrlPath<String>,
+    Json(body): Json<Verb>,
+) -> Response {
+    let Verb { id, to, job, way, model } = body;
+    let order = match (verb.as_str(), way, model) {
+        ("rollback", ..) => Order::Rollback { id, to },
+        ("cancel", ..) => Order::Cancel { id, job },
+        ("confirm", ..) => Order::Confirm { id, job },
+        ("close-breaker", Some(way), _) => Order::CloseBreaker { id, way },
+        ("release", _, Some(model)) => Order::Release { id, model },
+        _ => {
+            let text = format!("{verb} is no command, or lacks what it needs");
+            return refuse(StatusCode::BAD_REQUEST, "bad_command", text);
+        }
+    };
+    ask(&shared, order).await
+}
+
+/// What stands beside a pushed file.
+#[derive(Deserialize)]
+struct Pushed {
+    id: String,
+    name: String,
+    size: u64,
+    manual: bool,
+    accept_slower: Option<f64>,
+}
+
+async fn push(
+    State(shared): State<Shared>,
+    Query(pushed): Query<Pushed>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let header = |name: &str| headers.get(name).and_then(|v| STANDARD.decode(v.as_bytes()).ok());
+    let manifest = header("x-noblink-manifest");
+    let signature = header("x-noblink-signature").and_then(|s| String::from_utf8(s).ok());
+    let blob = match store(&shared, pushed.size, body).await {
+        Ok(blob) => blob,
+        Err(e) => return refuse(StatusCode::INSUFFICIENT_STORAGE, e.code(), e.to_string()),
+    };
+    let accept_slower = pushed.accept_slower.map(|r| Ratio((r * 1000.0).round() as u32));
+    let install = if pushed.manual { Install::Manual } else { Install::Auto };
+    let Pushed { id, name, .. } = pushed;
+    let order = Order::Stored { id, name, blob, install, manifest, signature, accept_slower };
+    ask(&shared, order).await
+}
+
+/// Writes a body into the store, bounded, off this thread.
+async fn store(shared: &Shared, size: u64, body: Body) -> Result<Blob, StoreError> {
+    let (pieces, mut written) = tokio::sync::mpsc::channel::<axum::body::Bytes>(PIECES_MAX);
+    let (store, size_max): (Store, u64) = (shared.desk.store().clone(), shared.size_max);
+    let writer = tokio::task::spawn_blocking(move || {
+        let mut part = store.stage(size, size_max)?;
+        while let Some(piece) = written.blocking_recv() {
+            part.write(&piece)?;
+        }
+        part.finish(None)
+    });
+    let mut stream = body.into_data_stream();
+    while let Some(Ok(piece)) = stream.next().await {
+        if pieces.send(piece).await.is_err() {
+            break;
+        }
+    }
+    drop(pieces);
+    writer.await.expect("writing a blob does not panic")
+}

@@ -1,0 +1,186 @@
+//! What is looked at after a swap: that the worker took it, that the model stands its probation.
+
+use std::time::{Duration, Instant};
+
+use tracing::{error, warn};
+
+use super::super::event::{Event, Step};
+use super::super::job::Reason;
+use super::super::report;
+use super::super::steps;
+use super::super::watch::{self, Probation};
+use super::{BEFORE, Thread, now_ms};
+use crate::host;
+use crate::meter::Outcome;
+use crate::queue::LaneSnapshot;
+
+impl Thread {
+    pub(super) fn watch(&mut self, serial: u64) {
+        let Some(job) = self.job(serial) else { return };
+        let Some(digest) = job.digest else { return };
+        let command = job.command();
+        let manifest = steps::manifest_of(command.and_then(|c| c.manifest.as_deref()));
+        let models = &self.parts.config.models;
+        let keys = !self.keys.is_empty();
+        let accepted = command.and_then(|c| steps::accepted_ratio(c, manifest.as_ref(), keys));
+        let ratio = accepted.unwrap_or(0.0).max(models.latency_ratio_max);
+        let budget = models.latency_budget_ms.map(|ms| Duration::from_secs_f64(ms / 1e3));
+        let epoch = self.keeper.state().slot.epoch;
+        let before = self.results(BEFORE);
+        let before: Vec<Outcome> =
+            before.into_iter().flatten().filter(|r| r.epoch < epoch).collect();
+        self.probation = Some(Probation {
+            serial,
+            digest,
+            epoch,
+            since: Instant::now(),
+            lasts: Duration::from_secs(models.probation_s),
+            budget: Probation::budget(&before, ratio, budget),
+        });
+    }
+
+    pub(super) fn results(&self, back: Duration) -> Vec<Vec<Outcome>> {
+        let now = Instant::now();
+        self.parts.meter.results(now.checked_sub(back).unwrap_or(now))
+    }
+
+    pub(super) fn tick(&mut self) {
+        let now = Instant::now();
+        if self.drops.back().is_none_or(|(at, _)| now - *at >= Duration::from_secs(1)) {
+            self.drops.push_back((now, self.dropped()));
+            while self
+                .drops
+                .front()
+                .is_some_and(|(at, _)| now - *at > BEFORE + Duration::from_secs(10))
+            {
+                self.drops.pop_front();
+            }
+        }
+        if self.probation.is_some() {
+            self.watch_hang(now);
+            self.watch_probation(now);
+        }
+        if !self.swaps.is_empty() {
+            self.watch_swaps(now);
+        }
+        if self.retired && self.swaps.iter().all(|s| s.taken) {
+            self.retire();
+        }
+    }
+
+    /// Frames dropped because of us, all cameras together.
+    pub(super) fn dropped(&self) -> u64 {
+        let of = |l: &LaneSnapshot| {
+            let d = l.ledger.dropped;
+            d.full + d.overload + d.no_model
+        };
+        self.parts.intake.snapshot().iter().map(of).sum()
+    }
+
+    pub(super) fn watch_hang(&mut self, now: Instant) {
+        let Some(probation) = &self.probation else { return };
+        let Some((busy, epoch)) = self.parts.pulse.busy() else {
+            self.terminated = None;
+            return;
+        };
+        if epoch != probation.epoch || busy < watch::hangs_after(&self.results(BEFORE)) {
+            return;
+        }
+        let serial = probation.serial;
+        match self.terminated {
+            None => {
+                warn!("a run hangs for {:.1} s: it is asked to end", busy.as_secs_f64());
+                if let Some(model) = self.warm.get(&probation.digest) {
+                    model.terminate();
+                }
+                self.terminated = Some(now);
+            }
+            Some(asked) if now - asked >= watch::HANG_GRACE => {
+                let text = format!("a run hung for {:.1} s and did not end", busy.as_secs_f64());
+                error!("{text}: the service ends and starts with the model before");
+                let reason = Reason::new("hang", text);
+                // Committed before the end; the swap that follows it is for nobody.
+                let failed = Event::ProbationFailed { now: now_ms(), serial, reason };
+                drop(self.keeper.handle(failed, &mut |_| ()));
+                std::process::exit(1);
+            }
+            Some(_) => {}
+        }
+    }
+
+    pub(super) fn watch_probation(&mut self, now: Instant) {
+        let Some(probation) = &self.probation else { return };
+        let (serial, epoch) = (probation.serial, probation.epoch);
+        let failed = self.parts.slot.failure(epoch);
+        let verdict = match failed {
+            Some(why) => Some(Err(Reason::new("run_failed", why))),
+            None => probation
+                .verdict(&self.results(probation.lasts + BEFORE), now)
+                .map(|v| v.map_err(|why| Reason::new("latency", why))),
+        };
+        match verdict {
+            None => {}
+            Some(Ok(())) => {
+                self.warn_of_vanished(epoch);
+                self.probation = None;
+                let step = Step::Passed;
+                self.handle(Event::Done { now: now_ms(), serial, step, gates: Vec::new() });
+            }
+            Some(Err(reason)) => {
+                warn!("the new model failed its probation: {reason}");
+                self.probation = None;
+                self.handle(Event::ProbationFailed { now: now_ms(), serial, reason });
+            }
+        }
+    }
+
+    pub(super) fn warn_of_vanished(&self, epoch: u64) {
+        let (Some(live), Some(after)) = (self.parts.slot.load(), self.parts.meter.tally(epoch))
+        else {
+            return;
+        };
+        let Some(before) = self.keeper.state().slot.previous.and_then(|d| self.warm.get(&d)) else {
+            return;
+        };
+        let Some(tally) = self.parts.meter.tally_before(epoch) else { return };
+        let labels = (&before.contract().labels[..], &live.model.contract().labels[..]);
+        for label in report::vanished((&tally, labels.0), (&after, labels.1)) {
+            warn!("label_vanished: {label} was frequent before the swap and was not seen since");
+        }
+    }
+
+    pub(super) fn watch_swaps(&mut self, now: Instant) {
+        let results = self.results(BEFORE + Duration::from_secs(10));
+        let mut taken = Vec::new();
+        for swap in &mut self.swaps {
+            if !swap.taken && swap.is_taken(&results, now) {
+                swap.taken = true;
+                taken.push(swap.serial);
+            }
+        }
+        for serial in taken {
+            let step = Step::Switched;
+            self.handle(Event::Done { now: now_ms(), serial, step, gates: Vec::new() });
+        }
+        while let Some(swap) = self.swaps.pop_front() {
+            if !swap.is_complete(&results, now) {
+                self.swaps.push_front(swap);
+                break;
+            }
+            self.report_swap(&swap, &results, now);
+        }
+    }
+
+    pub(super) fn retire(&mut self) {
+        self.retired = false;
+        let state = self.keeper.state();
+        let candidate = state.job.as_ref().and_then(|j| j.digest);
+        let keep =
+            [state.slot.active, state.slot.probation.as_ref().and(state.slot.previous), candidate];
+        let before = self.warm.len();
+        self.warm.retain(|digest, _| keep.contains(&Some(*digest)));
+        if self.warm.len() < before {
+            host::give_memory_back();
+        }
+    }
+}
