@@ -4,6 +4,7 @@
 mod camera;
 mod cli;
 mod config;
+mod gates;
 mod harness;
 mod model;
 mod mqtt;

@@ -109,7 +109,7 @@ fn boxes(text: &str, classes: usize) -> Result<Vec<Truth>, String> {
                 .ok_or_else(|| wrong("holds something else than fractions from 0 to 1"))?;
             let corners = match numbers[..] {
                 [x, y, w, h] => [x - w / 2.0, y - h / 2.0, x + w / 2.0, y + h / 2.0],
-                _ if numbers.len() >= 6 && numbers.len() % 2 == 0 => bounds(&numbers),
+                _ if numbers.len() >= 6 && numbers.len().is_multiple_of(2) => bounds(&numbers),
                 _ => return Err(wrong("is not `class x y w h`")),
             };
             Ok(Truth { class, corners: corners.map(|v| v.clamp(0.0, 1.0)) })
