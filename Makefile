@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: demo build test lint setup setup-tests
+.PHONY: demo build test lint setup setup-tests soak
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -29,3 +29,7 @@ setup:
 
 setup-tests:
 	@scripts/setup --tests
+
+# Ten minutes; SOAK_SECONDS=60 for a look.
+soak: setup-tests
+	$(CARGO) test --locked --test soak -- --nocapture

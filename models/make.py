@@ -1,6 +1,6 @@
 """Makes everything in this folder from nothing: python models/make.py all
 
-Steps, in order: draw, train, evaluate, clips, calibration, pictures. Each can be run alone;
+Steps, in order: draw, train, clips, calibration, evaluate, pictures. Each can be run alone;
 `train v2` trains one model. Drawn pictures and weights are kept in models/.cache.
 """
 

@@ -384,7 +384,7 @@ fn load_model(
             let id = model.identity();
             info!("model {} version {} from {}", id.id, id.version, path.display());
             warn_of_unknown_labels(config, &model);
-            slot.swap(Some(Arc::new(Live { model: Arc::new(model), epoch: 0 })));
+            slot.swap(Some(Live::new(Arc::new(model), 0, None)));
             Ok(runtime)
         }
         Err(e) => Err((Some(runtime), format!("{}: {e:#}", path.display()))),

@@ -1,15 +1,21 @@
 //! What the worker measures: counters since the start, and a window of latencies that whoever
 //! reports takes and empties.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
+use crate::model::engine::Detection;
 use crate::records::{Quantiles, Stages, rounded};
 
 /// Latencies are kept in microseconds, up to a minute, to two digits: some 20 KB a camera.
 const LONGEST_US: u64 = 60_000_000;
+/// Results that are kept for looking back: a minute at 60 frames a second.
+const RESULTS_MAX: usize = 3600;
+/// Epochs whose tallies are kept: the running model's and those before it.
+const TALLIES_MAX: usize = 4;
 
 /// How long one frame was in each stage.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,12 +41,37 @@ struct State {
     frames: u64,
     since: Instant,
     last_failure: Option<String>,
+    /// By epoch, the newest at the end.
+    tallies: VecDeque<(u64, Tally)>,
 }
 
 struct CameraState {
     records: u64,
     objects: u64,
     total_us: Histogram<u32>,
+    results: VecDeque<Outcome>,
+}
+
+/// A frame that was inferred, as the swap report looks back on it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// When its result was there.
+    pub at: Instant,
+    /// The frame.
+    pub frame: u64,
+    /// The model.
+    pub epoch: u64,
+    /// How long the model ran.
+    pub inference: Duration,
+}
+
+/// What a model saw since it went live.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Tally {
+    /// Frames.
+    pub frames: u64,
+    /// By class id: objects and the sum of their scores.
+    pub classes: Vec<(u64, f64)>,
 }
 
 /// One window.
@@ -71,6 +102,20 @@ pub struct CameraWindow {
     pub latency: Option<Quantiles>,
 }
 
+impl Tally {
+    fn add(&mut self, found: &[Detection]) {
+        self.frames += 1;
+        for detection in found {
+            let class = detection.class_id as usize;
+            if self.classes.len() <= class {
+                self.classes.resize(class + 1, (0, 0.0));
+            }
+            self.classes[class].0 += 1;
+            self.classes[class].1 += f64::from(detection.score);
+        }
+    }
+}
+
 impl Meter {
     /// A meter for so many cameras.
     pub fn new(cameras: usize) -> Self {
@@ -78,6 +123,7 @@ impl Meter {
             records: 0,
             objects: 0,
             total_us: Histogram::new_with_max(LONGEST_US, 2).expect("the bounds are valid"),
+            results: VecDeque::with_capacity(RESULTS_MAX),
         };
         let cameras = std::iter::repeat_with(camera).take(cameras).collect();
         let state = State {
@@ -86,6 +132,7 @@ impl Meter {
             frames: 0,
             since: Instant::now(),
             last_failure: None,
+            tallies: VecDeque::with_capacity(TALLIES_MAX + 1),
         };
         Self { state: Mutex::new(state) }
     }
@@ -95,14 +142,53 @@ impl Meter {
     }
 
     /// A frame was inferred.
-    pub fn frame(&self, camera: usize, timing: &Timing, total: Duration) {
+    pub fn frame(
+        &self,
+        camera: usize,
+        frame: u64,
+        epoch: u64,
+        timing: &Timing,
+        total: Duration,
+        found: &[Detection],
+    ) {
         let mut state = self.state();
         state.stages.queue += timing.queue;
         state.stages.preprocess += timing.preprocess;
         state.stages.inference += timing.inference;
         state.stages.postprocess += timing.postprocess;
         state.frames += 1;
-        state.cameras[camera].total_us.saturating_record(total.as_micros() as u64);
+        if state.tallies.back().is_none_or(|(e, _)| *e != epoch) {
+            if state.tallies.len() == TALLIES_MAX {
+                state.tallies.pop_front();
+            }
+            state.tallies.push_back((epoch, Tally::default()));
+        }
+        if let Some((_, tally)) = state.tallies.back_mut() {
+            tally.add(found);
+        }
+        let camera = &mut state.cameras[camera];
+        camera.total_us.saturating_record(total.as_micros() as u64);
+        if camera.results.len() == RESULTS_MAX {
+            camera.results.pop_front();
+        }
+        let at = Instant::now();
+        camera.results.push_back(Outcome { at, frame, epoch, inference: timing.inference });
+    }
+
+    /// The results of every camera from `since` on, oldest first.
+    pub fn results(&self, since: Instant) -> Vec<Vec<Outcome>> {
+        let state = self.state();
+        let of = |camera: &CameraState| {
+            let from = camera.results.partition_point(|r| r.at < since);
+            camera.results.range(from..).copied().collect()
+        };
+        state.cameras.iter().map(of).collect()
+    }
+
+    /// What the model of this epoch saw.
+    pub fn tally(&self, epoch: u64) -> Option<Tally> {
+        let state = self.state();
+        state.tallies.iter().rev().find(|(e, _)| *e == epoch).map(|(_, t)| t.clone())
     }
 
     /// A record was written.

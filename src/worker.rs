@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::camera::frame::Frame;
 use crate::config::{self, Publish};
 use crate::meter::{Meter, Timing};
-use crate::model::engine::{Detection, RunError, Thresholds};
+use crate::model::engine::{Detection, Model, RunError, Thresholds};
 use crate::model::slot::{Live, Slot};
 use crate::mqtt::outbox::{Outbox, Record};
 use crate::mqtt::topics::Topics;
@@ -18,7 +19,6 @@ use crate::queue::{Drop, Intake, Taken};
 use crate::records::{
     self, Bounds, Detections, FrameInfo, Latency, ModelRef, Object, Since, rounded,
 };
-use crate::vision::picture::Picture;
 
 /// A record comes at least this often while frames are inferred, with or without objects.
 pub const RECORD_INTERVAL: Duration = Duration::from_secs(10);
@@ -36,12 +36,48 @@ pub struct Origin {
 }
 
 /// What the worker shares with those who start, watch and stop it.
-#[derive(Default)]
 pub struct Pulse {
     /// Goes up with every frame and every idle wait.
     pub beats: AtomicU64,
     /// Set to stop.
     pub stop: AtomicBool,
+    born: Instant,
+    /// Microseconds from `born` to the start of the frame in work; 0 = none.
+    busy_since_us: AtomicU64,
+    /// Epoch of the model that works on it.
+    busy_epoch: AtomicU64,
+}
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self {
+            beats: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            born: Instant::now(),
+            busy_since_us: AtomicU64::new(0),
+            busy_epoch: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Pulse {
+    fn begin(&self, epoch: u64) {
+        self.busy_epoch.store(epoch, Ordering::Relaxed);
+        let now_us = self.born.elapsed().as_micros() as u64;
+        self.busy_since_us.store(now_us.max(1), Ordering::Release);
+    }
+
+    fn end(&self) {
+        self.busy_since_us.store(0, Ordering::Release);
+    }
+
+    /// For how long the frame in work has been worked on, and by the model of which epoch.
+    pub fn busy(&self) -> Option<(Duration, u64)> {
+        let since_us = self.busy_since_us.load(Ordering::Acquire);
+        let epoch = self.busy_epoch.load(Ordering::Relaxed);
+        let since = Duration::from_micros(since_us);
+        (since_us > 0).then(|| (self.born.elapsed().saturating_sub(since), epoch))
+    }
 }
 
 /// The worker and all that it holds between two frames.
@@ -87,44 +123,32 @@ impl Worker {
         }
     }
 
-    /// The path. A frame that leaves it early counts as failed.
+    /// The path of a frame. The model is loaded once; a frame on which a model on probation fails
+    /// is looked at again by the model before, so that not even that one is lost.
     fn infer(&mut self, taken: Taken) {
         let started = Instant::now();
-        let Some(live) = self.slot.load() else { return taken.dropped(Drop::NoModel) };
-        let lens = &mut self.cameras[taken.camera];
+        let Some(mut live) = self.slot.load() else { return taken.dropped(Drop::NoModel) };
+        self.pulse.begin(live.epoch);
         let frame = &taken.frame;
-        let mut runner = live.model.runner();
+        let confidence = self.cameras[taken.camera].confidence;
+        let thresholds = Thresholds { confidence, iou: self.iou };
 
-        let preprocess = |picture: &Picture<'_>| -> Result<_, RunError> {
-            runner.preprocess(picture)?;
-            Ok((picture.width, picture.height))
-        };
-        let size = match frame.with_picture(preprocess) {
-            Ok(Ok(size)) => size,
-            Ok(Err(e)) => return self.meter.failure(lens.fail(), &e.to_string()),
-            Err(e) => return self.meter.failure(lens.fail(), &e.to_string()),
-        };
-        let preprocessed = Instant::now();
-
-        if let Err(e) = runner.run() {
-            return self.meter.failure(lens.fail(), &e.to_string());
+        let mut seen = look(&live.model, frame, &thresholds, &mut self.found);
+        if let (Err(why), Some(fallback)) = (&seen, &live.fallback) {
+            live.fail(format!("frame {} of {}: {why}", frame.id, self.cameras[taken.camera].id));
+            live = Arc::clone(fallback);
+            seen = look(&live.model, frame, &thresholds, &mut self.found);
         }
-        let inferred = Instant::now();
-
-        let thresholds = Thresholds { confidence: lens.confidence, iou: self.iou };
-        if let Err(e) = runner.postprocess(&thresholds, &mut self.found) {
-            return self.meter.failure(lens.fail(), &e.to_string());
-        }
+        self.pulse.end();
+        let lens = &mut self.cameras[taken.camera];
+        let (size, mut timing) = match seen {
+            Ok(seen) => seen,
+            Err(why) => return self.meter.failure(lens.fail(), &why.to_string()),
+        };
+        timing.queue = started - frame.arrived;
         lens.keep_wanted(&live, &mut self.found);
-        let done = Instant::now();
-        drop(runner);
 
-        let timing = Timing {
-            queue: started - frame.arrived,
-            preprocess: preprocessed - started,
-            inference: inferred - preprocessed,
-            postprocess: done - inferred,
-        };
+        let done = Instant::now();
         let objects = self.found.len();
         if lens.is_due(objects, done) {
             let head =
@@ -137,9 +161,37 @@ impl Worker {
         } else {
             lens.empty += 1;
         }
-        self.meter.frame(taken.camera, &timing, frame.arrived.elapsed());
+        let total = frame.arrived.elapsed();
+        self.meter.frame(taken.camera, frame.id, live.epoch, &timing, total, &self.found);
         taken.inferred();
     }
+}
+
+/// Pixels to objects: preprocess, run, postprocess. Returns the picture's size and how long each
+/// step took.
+fn look(
+    model: &Model,
+    frame: &Frame,
+    thresholds: &Thresholds,
+    found: &mut Vec<Detection>,
+) -> anyhow::Result<((usize, usize), Timing)> {
+    let started = Instant::now();
+    let mut runner = model.runner();
+    let size = frame.with_picture(|picture| {
+        runner.preprocess(picture)?;
+        Ok::<_, RunError>((picture.width, picture.height))
+    })??;
+    let preprocessed = Instant::now();
+    runner.run()?;
+    let inferred = Instant::now();
+    runner.postprocess(thresholds, found)?;
+    let timing = Timing {
+        queue: Duration::ZERO,
+        preprocess: preprocessed - started,
+        inference: inferred - preprocessed,
+        postprocess: inferred.elapsed(),
+    };
+    Ok((size, timing))
 }
 
 impl Latency {
@@ -236,7 +288,7 @@ impl Lens {
         &mut self,
         origin: &Origin,
         live: &Live,
-        frame: &crate::camera::frame::Frame,
+        frame: &Frame,
         head: FrameInfo,
         since: Since,
         latency_ms: Latency,

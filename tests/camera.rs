@@ -1,6 +1,7 @@
 //! Cameras against a real RTSP server on loopback, and against its failures.
 
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::{Duration, Instant};
 
 use noblink::camera::frame::Clock;
@@ -563,4 +564,29 @@ fn the_status_has_its_names_on_the_wire() {
     let wanted = "attempt clock clock_offset_ms connects leaked_pipelines reason retry_in_s \
                   since_us state stream";
     assert_eq!(keys.join(" "), wanted);
+}
+
+#[test]
+fn a_pipeline_that_hangs_is_given_up_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("clip.mp4");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Opening a pipe for reading blocks until someone writes, as a dead network folder does.
+    let rig = Rig::start(vec![
+        config("hung", &file_url(&fifo)),
+        config("other", "test://?width=320&height=240&fps=20"),
+    ]);
+    rig.until_frames(1, 5, secs(10));
+    rig.cameras[0].set_enabled(false);
+    rig.reach(0, secs(3), |s| s.state == State::Disabled && s.leaked_pipelines == 1);
+    rig.cameras[0].set_enabled(true);
+    rig.reach(0, secs(1), |s| s.state == State::Connecting && s.leaked_pipelines == 1);
+    rig.until_more(1, 5, secs(2));
+    // It is opened more than once: a writer comes for each.
+    rig.reach(0, secs(3), |s| {
+        let flags = nix::libc::O_NONBLOCK;
+        let _ = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(&fifo);
+        s.leaked_pipelines == 0
+    });
+    assert!(rig.stop() < secs(3));
 }

@@ -4,12 +4,15 @@
 mod camera;
 mod cli;
 mod config;
+mod fetch;
 mod gates;
 mod harness;
 mod model;
 mod mqtt;
 mod parity;
 mod queue;
+mod refusals;
+mod rules;
 mod service;
 mod update;
 mod vision;

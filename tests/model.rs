@@ -1,14 +1,22 @@
-//! The model: its file, its contract, its runs.
+//! The model: its file, its contract, its runs; `refusals` has what is not taken.
 
 use std::sync::Arc;
 
+use noblink::config::Provider;
 use noblink::model::contract::Overrides;
 use noblink::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
 use noblink::model::file::ModelFile;
+use noblink::model::layout::Layout;
+use noblink::model::refusal::{Code, Refusal};
 use noblink::model::runtime::Runtime;
+use noblink::model::slot::{Live, Slot};
+use noblink::vision::letterbox::Fit;
 use noblink::vision::picture::{Color, Matrix, Picture, Pixels, Plane, Range};
+use noblink::vision::preprocess::{Order, Scale};
 
-use crate::harness::onnx::{Detector, Fault, Output};
+use crate::harness::onnx::{
+    self as factory, Attr, Detector, FLOAT, FLOAT16, Fault, Graph, Output, Size,
+};
 
 const LIMITED: Color = Color { matrix: Matrix::Bt601, range: Range::Limited };
 const THRESHOLDS: Thresholds = Thresholds { confidence: 0.25, iou: 0.7 };
@@ -118,4 +126,190 @@ fn a_hanging_run_is_terminated_from_another_thread() {
         let failed = run.join().expect("no panic").expect_err("the run was stopped");
         assert_eq!(failed, RunError::Terminated);
     });
+}
+
+pub fn derive(bytes: Vec<u8>) -> Result<ModelFile, Refusal> {
+    ModelFile::parse(bytes, "best.onnx", &Overrides::default(), &[])
+}
+
+/// One input, one output; nothing that runs.
+pub fn shell(input: &[Size], outputs: &[(&str, &[Size])], metadata: &[(&str, &str)]) -> Vec<u8> {
+    let mut graph = Graph::default();
+    graph.input("images", FLOAT, input);
+    for (name, dims) in outputs {
+        graph.output(name, FLOAT, dims);
+    }
+    finish(&graph, metadata)
+}
+
+pub fn finish(graph: &Graph, metadata: &[(&str, &str)]) -> Vec<u8> {
+    let metadata: Vec<_> =
+        metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    factory::model(graph, &metadata)
+}
+
+pub fn fixed(dims: &[usize]) -> Vec<Size> {
+    dims.iter().map(|n| Size::Fixed(*n)).collect()
+}
+
+pub fn output(dims: &[usize], metadata: &[(&str, &str)]) -> Vec<u8> {
+    shell(&fixed(&[1, 3, 640, 640]), &[("output0", &fixed(dims))], metadata)
+}
+
+pub fn names(n: usize) -> String {
+    let names: Vec<_> = (0..n).map(|n| format!("{n}: 'c{n}'")).collect();
+    format!("{{{}}}", names.join(", "))
+}
+
+#[test]
+fn layouts_are_told_by_shape_then_metadata() {
+    let n1 = names(1);
+    let n2 = names(2);
+    let n80 = names(80);
+    let end2end: &[(&str, &str)] = &[("end2end", "True")];
+    let nms: &[(&str, &str)] = &[("args", "{'batch': 1, 'nms': True}"), ("end2end", "False")];
+    let head: &[(&str, &str)] = &[("head", "RTDETRDecoder"), ("end2end", "False")];
+    let described: &[(&str, &str)] = &[("description", "Ultralytics rtdetr-l model")];
+    for (dims, labels, extra, layout, ranked) in [
+        ([1, 84, 8400], &n80, &[][..], Layout::Yolo8, false),
+        // Three strides and a fourth, finer one.
+        ([1, 84, 34000], &n80, &[], Layout::Yolo8, false),
+        ([1, 25200, 85], &n80, &[], Layout::Yolo5, false),
+        ([1, 25200, 6], &n1, &[], Layout::Yolo5, false),
+        ([1, 8400, 85], &n80, &[], Layout::Yolox, false),
+        ([1, 300, 6], &n80, &[], Layout::End2end, false),
+        ([1, 300, 6], &n2, end2end, Layout::End2end, false),
+        ([1, 300, 6], &n2, nms, Layout::End2end, false),
+        ([1, 300, 6], &n80, head, Layout::Rtdetr, true),
+        ([1, 300, 6], &n2, head, Layout::Rtdetr, true),
+        ([1, 300, 6], &n2, described, Layout::Rtdetr, false),
+        ([1, 300, 84], &n80, &[], Layout::Rtdetr, false),
+        // Anchors of no known strides, but as many rows as labels and box.
+        ([1, 84, 777], &n80, &[("end2end", "False")], Layout::Yolo8, false),
+    ] {
+        let metadata = [&[("names", labels.as_str())], extra].concat();
+        let file = derive(output(&dims, &metadata)).unwrap_or_else(|e| panic!("{dims:?}: {e}"));
+        assert_eq!((file.contract.layout, file.contract.ranked), (layout, ranked), "{dims:?}");
+    }
+}
+
+/// `yolo export dynamic=True` leaves every size of the output open.
+#[test]
+fn an_output_without_sizes_is_told_by_its_exporter() {
+    let open = [Size::Named("batch"), Size::Named("dim_1"), Size::Named("anchors")];
+    let n80 = names(80);
+    for (extra, layout, ranked) in [
+        (("end2end", "False"), Layout::Yolo8, false),
+        (("end2end", "True"), Layout::End2end, false),
+        (("head", "RTDETRDecoder"), Layout::Rtdetr, true),
+    ] {
+        let metadata = [("names", n80.as_str()), ("task", "detect"), extra];
+        let bytes = shell(&fixed(&[1, 3, 640, 640]), &[("output0", &open)], &metadata);
+        let contract = derive(bytes).expect("the exporter says it").contract;
+        assert_eq!((contract.layout, contract.ranked), (layout, ranked), "{extra:?}");
+    }
+}
+
+#[test]
+fn a_manifest_decides_what_is_open() {
+    let bytes = output(&[1, 300, 6], &[("names", &names(2))]);
+    let text = r#"{"model": "Gate 7", "version": "2", "layout": "rtdetr",
+        "input": {"order": "bgr", "scale": "byte", "fit": "letterbox"}, "labels": ["a", "b"]}"#;
+    let overrides: Overrides = serde_json::from_str(text).expect("a manifest");
+    let file = ModelFile::parse(bytes, "best.onnx", &overrides, &[]).expect("it is said");
+    assert_eq!(file.contract.layout, Layout::Rtdetr);
+    let input = &file.contract.input;
+    assert_eq!((input.order, input.scale, input.fit), (Order::Bgr, Scale::Byte, Fit::Letterbox));
+    assert_eq!(file.contract.labels, ["a", "b"]);
+    assert_eq!((file.identity.id.as_str(), file.identity.version.as_str()), ("gate-7", "2"));
+}
+
+#[test]
+fn yolox_and_rtdetr_bring_their_own_input() {
+    let yolox = derive(output(&[1, 8400, 6], &[("names", &names(1))])).expect("yolox");
+    let input = yolox.contract.input;
+    assert_eq!((input.order, input.scale, input.fit), (Order::Bgr, Scale::Byte, Fit::Corner));
+    let rtdetr = derive(output(&[1, 300, 9], &[("names", &names(5))])).expect("rtdetr");
+    assert_eq!(rtdetr.contract.input.fit, Fit::Stretch);
+}
+
+#[test]
+fn identity_is_metadata_then_name_and_digest() {
+    let bytes = Detector::new(Output::Yolo8, 64, 64).bytes();
+    let file = ModelFile::parse(bytes, "My Plates (v2).onnx", &Overrides::default(), &[])
+        .expect("a detector");
+    assert_eq!(file.identity.id, "my-plates--v2-");
+    assert_eq!(file.identity.version, file.identity.sha256[..8]);
+    let named = Detector::new(Output::Yolo8, 64, 64)
+        .with_metadata("noblink.model", "plates")
+        .with_metadata("noblink.version", "2026.10");
+    let file = derive(named.bytes()).expect("a detector");
+    assert_eq!((file.identity.id.as_str(), file.identity.version.as_str()), ("plates", "2026.10"));
+}
+
+#[test]
+fn a_dynamic_model_runs_at_the_size_in_its_metadata() {
+    let mut detector = Detector::new(Output::Yolo8, 320, 192);
+    detector.dynamic = true;
+    let model = build(&detector).expect("imgsz says 192, 320");
+    let sizes: Vec<_> = model.contract().fixed.iter().map(|(n, s)| (n.as_str(), *s)).collect();
+    assert_eq!(sizes, [("batch", 1), ("height", 192), ("width", 320)]);
+    let scene = Scene::new(640, 384, 40).square(0, 0, 64, [255, 0, 0]);
+    assert_eq!(detect(&model, &scene).expect("it runs")[0].class_id, 0);
+}
+
+#[test]
+fn what_onnx_runtime_does_not_take_is_refused_with_its_words() {
+    let mut graph = Graph::default();
+    graph.input("images", FLOAT16, &fixed(&[1, 3, 640, 640]));
+    graph.output("output0", FLOAT, &fixed(&[1, 84, 8400]));
+    graph.halves("weight", &[1], &[1.0]);
+    graph.node_to("NoSuchOperator", &["images"], "output0", &[("axis", Attr::Int(1))]);
+    let file = derive(finish(&graph, &[("names", &names(80))])).expect("the contract is fine");
+    let error = Model::build(&runtime(), &file, &EngineOptions::default()).expect_err("no such op");
+    let OpenError::Refused(refusal) = error else { panic!("{error}") };
+    assert_eq!(refusal.code, Code::Session);
+    assert!(refusal.message.starts_with("best: ONNX Runtime does not load it: "), "{refusal}");
+    assert!(refusal.message.contains("NoSuchOperator"), "{refusal}");
+}
+
+#[test]
+fn a_missing_file_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("best.onnx");
+    let refusal = ModelFile::read(&path, &Overrides::default(), &[]).expect_err("no file");
+    assert_eq!(refusal.code, Code::Unreadable);
+    assert!(refusal.message.contains("can't be read"), "{refusal}");
+    let path = Detector::new(Output::Yolo8, 64, 64).write(folder.path(), "blob.onnx");
+    let model = Model::open(&runtime(), &path, &EngineOptions::default(), &Overrides::default());
+    assert_eq!(model.expect("it is there").identity().id, "blob");
+}
+
+#[test]
+fn the_slot_hands_out_what_was_put_in_last() {
+    let slot = Slot::default();
+    assert!(slot.load().is_none());
+    let model = Arc::new(build(&Detector::new(Output::Yolo8, 64, 64)).expect("it works"));
+    let first = Live::new(Arc::clone(&model), 1, None);
+    assert!(slot.swap(Some(first)).is_none());
+    let held = slot.load().expect("it was put in");
+    let retired = slot.swap(Some(Live::new(model, 2, None))).expect("the first");
+    assert_eq!((held.epoch, retired.epoch), (1, 1));
+    assert_eq!(slot.load().map(|l| l.epoch), Some(2));
+}
+
+#[test]
+fn a_provider_that_the_library_lacks_is_an_error_not_a_fallback() {
+    let detector = Detector::new(Output::Yolo8, 64, 64);
+    let file = derive(detector.bytes()).expect("a detector");
+    let options = EngineOptions { provider: Provider::TensorRt, ..EngineOptions::default() };
+    let error = Model::build(&runtime(), &file, &options).expect_err("no GPU here").to_string();
+    assert!(error.starts_with("provider tensorrt can't be used with /"), "{error}");
+}
+
+#[test]
+fn the_library_is_found_and_says_its_version() {
+    let runtime = runtime();
+    assert!(runtime.version().starts_with("1."), "{}", runtime.version());
+    assert!(runtime.library().is_absolute());
 }

@@ -1,8 +1,13 @@
 //! Updates without ONNX Runtime, MQTT and GStreamer: the machine, manifests, signatures, the
 //! store, the inbox.
 
+mod cuts;
+mod inbox;
 mod machine;
 mod machine_random;
+mod manifest;
+mod signature;
+mod store;
 
 use noblink::update::digest::Digest;
 use noblink::update::event::{Effect, Event};

@@ -13,7 +13,7 @@ COLOURS = {"plate": (120, 220, 60), "dent": (255, 140, 30), "hole": (60, 60, 255
 
 def draw_boxes(image, found, names):
     """BGR u8 picture with boxes and scores, for people."""
-    out = np.ascontiguousarray(image)
+    out = image.copy()
     k = max(1, round(out.shape[1] / 640))
     for x0, y0, x1, y1, score, c in found:
         name = names[int(c)]

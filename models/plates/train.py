@@ -148,7 +148,7 @@ class Batches:
         n, rng = len(images), self.rng
         def draw(lo, hi, channels=1):
             return torch.from_numpy(rng.uniform(lo, hi, (n, channels, 1, 1)).astype(np.float32))
-        grey = images == GREY / 255
+        grey = (images == GREY / 255).all(1, keepdim=True)
         out = images * draw(0.82, 1.2) * draw(0.95, 1.05, 3) + draw(-0.04, 0.04)
         return torch.where(grey, images, out.clamp(0, 1))
 

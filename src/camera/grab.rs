@@ -8,7 +8,7 @@ use crossbeam_channel::bounded;
 use super::frame::{Frame, PictureError};
 use super::jpeg;
 use super::keeper::{DISMANTLE_WITHIN, Keeper};
-use super::pipeline::{Event, Outlet, Pipeline, Settings};
+use super::pipeline::{Event, Outlet, Pipeline, Settings, Watch};
 use super::reason::{self, Reason};
 use super::source::Source;
 use super::templates::Templates;
@@ -80,12 +80,14 @@ pub fn grab(
             corrupt: Box::new(|| {}),
         }
     };
-    let settings = Settings { paced: source.is_file(), matrix: camera.color, measured: false };
+    let settings = Settings { paced: source.is_file(), matrix: camera.color };
     let (events, told) = bounded(8);
-    let built =
-        Pipeline::build(&text, source, settings, outlet, events).map_err(Reason::Pipeline)?;
-    let watch = Arc::clone(built.watch());
-    let keeper = Keeper::start("grab", built, &Arc::default())
+    let watch = Watch::start(false);
+    let build = {
+        let (source, watch, events) = (source.clone(), Arc::clone(&watch), events.clone());
+        move || Pipeline::build(&text, &source, settings, &watch, outlet, events)
+    };
+    let keeper = Keeper::start("grab", &Arc::default(), events, build)
         .map_err(|e| Reason::Other(format!("no thread for the pipeline: {e}")))?;
     let enough = || taken.lock().expect("nothing panics while it holds this").len() >= count;
     let ended = loop {

@@ -1,6 +1,6 @@
-//! The thread `pipe-<name>`: owns a pipeline from its first state change to its last.
+//! The thread `pipe-<name>`: owns a pipeline from its building to its end.
 //!
-//! Each of them may block: on a dead server for some 20 s, on a device or a network folder for
+//! Each step of it may block: on a dead server for some 20 s, on a device or a network folder for
 //! ever. So whoever started the keeper waits [`DISMANTLE_WITHIN`] for it and then goes on without
 //! it; it counts as leaked until it is gone after all.
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::pipeline::Pipeline;
+use super::pipeline::{Event, Pipeline};
 
 /// How long a pipeline may take to be taken down before it is given up.
 pub const DISMANTLE_WITHIN: Duration = Duration::from_secs(2);
@@ -26,11 +26,12 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Plays the pipeline until `let_go`.
+    /// Builds the pipeline and plays it until `let_go`; what `build` says instead becomes an event.
     pub(super) fn start(
         name: &str,
-        pipeline: Pipeline,
         leaked: &Arc<AtomicU64>,
+        events: Sender<Event>,
+        build: impl FnOnce() -> Result<Pipeline, String> + Send + 'static,
     ) -> std::io::Result<Self> {
         let (wanted, unwanted) = bounded::<()>(0);
         let (done, gone) = bounded(1);
@@ -43,9 +44,15 @@ impl Keeper {
         };
         let leaked = Arc::clone(leaked);
         std::thread::Builder::new().name(format!("pipe-{name}")).spawn(move || {
-            pipeline.play();
-            let _ = unwanted.recv();
-            pipeline.dismantle();
+            match build() {
+                Ok(pipeline) => {
+                    pipeline.play();
+                    // Disconnected = let go.
+                    let _ = unwanted.recv();
+                    pipeline.dismantle();
+                }
+                Err(why) => drop(events.try_send(Event::Unusable(why))),
+            }
             if settled.swap(true, Ordering::AcqRel) {
                 leaked.fetch_sub(1, Ordering::AcqRel);
             }

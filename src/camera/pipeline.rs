@@ -31,6 +31,8 @@ pub(super) enum Event {
     Ended,
     /// It broke.
     Failed(Failure),
+    /// The template can't be used.
+    Unusable(String),
 }
 
 /// Takes a frame; `false` stops the stream.
@@ -64,15 +66,16 @@ pub(super) struct Seen {
 }
 
 impl Watch {
-    fn new(measured: bool) -> Self {
-        Self {
+    /// Of an attempt that starts now; `measured`: note what decoding costs.
+    pub(super) fn start(measured: bool) -> Arc<Self> {
+        Arc::new(Self {
             started: Instant::now(),
             alive: AtomicBool::new(true),
             frames: AtomicU64::new(0),
             active_ns: AtomicU64::new(0),
             decoder: Decoder::new(measured),
             seen: Mutex::default(),
-        }
+        })
     }
 
     /// Frames that the decoder delivered undamaged.
@@ -110,7 +113,6 @@ impl Watch {
 /// A pipeline. Dropped only after `dismantle`.
 pub(super) struct Pipeline {
     pipeline: gst::Pipeline,
-    watch: Arc<Watch>,
 }
 
 /// Starts GStreamer and settles which decoders are taken where a template leaves it open. Cameras
@@ -127,11 +129,13 @@ pub fn init() -> Result<(), gst::glib::Error> {
 }
 
 impl Pipeline {
-    /// Builds what the template says for this source. `text` comes from `Templates::find`.
+    /// Builds what the template says for this source. `text` comes from `Templates::find`. May
+    /// block: decodebin3 opens a file as soon as it is linked.
     pub(super) fn build(
         text: &str,
         source: &Source,
         settings: Settings,
+        watch: &Arc<Watch>,
         outlet: Outlet,
         events: Sender<Event>,
     ) -> Result<Self, String> {
@@ -147,10 +151,9 @@ impl Pipeline {
         let Ok(pipeline) = parsed.downcast::<gst::Pipeline>() else {
             return Err("the template is not a chain of elements".into());
         };
-        let watch = Arc::new(Watch::new(settings.measured));
         let outlet = Arc::new(outlet);
         let adopt = {
-            let (watch, outlet) = (Arc::clone(&watch), Arc::clone(&outlet));
+            let (watch, outlet) = (Arc::clone(watch), Arc::clone(&outlet));
             move |element: &gst::Element| decoder::adopt(element, &watch, &outlet)
         };
         for element in pipeline.iterate_recurse().into_iter().flatten() {
@@ -159,8 +162,8 @@ impl Pipeline {
         pipeline.connect_deep_element_added(move |_, _, element| adopt(element));
         aim(&pipeline, source)?;
         let sink = pipeline.by_name(SINK).and_then(|e| e.downcast::<AppSink>().ok());
-        let sink = sink.expect("the text above ends in it");
-        prepare(&sink, settings, Arc::clone(&watch), outlet, events.clone());
+        let sink = sink.ok_or(format!("the template names an element of its own {SINK}"))?;
+        prepare(&sink, settings, Arc::clone(watch), outlet, events.clone());
         let bus = pipeline.bus().expect("a pipeline has a bus");
         bus.set_sync_handler(move |_, message| {
             let event = match message.view() {
@@ -174,25 +177,17 @@ impl Pipeline {
             }
             gst::BusSyncReply::Drop
         });
-        Ok(Self { pipeline, watch })
-    }
-
-    /// What may be seen from outside.
-    pub(super) fn watch(&self) -> &Arc<Watch> {
-        &self.watch
+        Ok(Self { pipeline })
     }
 
     /// Starts it; what goes wrong comes as an event.
     pub(super) fn play(&self) {
         // The bus has the reason for a refusal.
-        if self.watch.is_alive() {
-            let _ = self.pipeline.set_state(gst::State::Playing);
-        }
+        let _ = self.pipeline.set_state(gst::State::Playing);
     }
 
     /// Ends it. May take long: rtspsrc waits for its server, sometimes some 20 s.
     pub(super) fn dismantle(self) {
-        self.watch.silence();
         let _ = self.pipeline.set_state(gst::State::Null);
     }
 }
@@ -204,8 +199,6 @@ pub(super) struct Settings {
     pub(super) paced: bool,
     /// Forced instead of what the stream says.
     pub(super) matrix: Option<Matrix>,
-    /// Whether to measure what decoding costs.
-    pub(super) measured: bool,
 }
 
 const SINK: &str = "noblink_frames";

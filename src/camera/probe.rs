@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use gst_video::VideoInfo;
 use serde::Serialize;
 
@@ -115,12 +115,14 @@ pub fn probe(
             }),
         }
     };
-    let settings = Settings { paced: source.is_file(), matrix: None, measured: true };
+    let settings = Settings { paced: source.is_file(), matrix: None };
     let (events, told) = bounded(8);
-    let built =
-        Pipeline::build(&text, source, settings, outlet, events).map_err(Reason::Pipeline)?;
-    let watch = Arc::clone(built.watch());
-    let keeper = Keeper::start("probe", built, &Arc::default())
+    let watch = Watch::start(true);
+    let build = {
+        let (source, watch, events) = (source.clone(), Arc::clone(&watch), events.clone());
+        move || Pipeline::build(&text, &source, settings, &watch, outlet, events)
+    };
+    let keeper = Keeper::start("probe", &Arc::default(), events, build)
         .map_err(|e| Reason::Other(format!("no thread for the pipeline: {e}")))?;
     let looked_well = look(source, &watch, &told, deadline, timeout);
     watch.silence();
@@ -196,7 +198,9 @@ fn look(
                     (None, _) => Reason::Ended,
                 });
             }
-            Err(_) => {}
+            Ok(Event::Unusable(why)) => return Err(Reason::Pipeline(why)),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(Reason::Ended),
         }
     }
 }

@@ -152,8 +152,9 @@ impl Supervisor {
             }
             match self.attempt(failures, std::mem::take(&mut looping)) {
                 End::Called => failures = 0,
-                End::Over if self.camera.repeat => looping = true,
+                End::Over if self.camera.repeat => (failures, looping) = (0, true),
                 End::Over => {
+                    failures = 0;
                     self.shared.enter(State::Ended, None, None);
                     tracing::info!(camera = self.camera.id, "played to its end");
                     self.rest_while(|| self.enabled());
@@ -173,14 +174,10 @@ impl Supervisor {
         }
         self.shared.note(|s| s.attempt = failures);
         let (events, told) = bounded(8);
-        let pipeline = match self.build(events) {
-            Ok(pipeline) => pipeline,
-            Err(why) => {
-                return End::Failed { reason: Reason::Pipeline(why), healthy: false };
-            }
-        };
-        let watch = Arc::clone(pipeline.watch());
-        let mut keeper = match Keeper::start(&self.camera.id, pipeline, &self.shared.leaked) {
+        let watch = Watch::start(false);
+        let build = self.builder(&watch, events.clone());
+        let started = Keeper::start(&self.camera.id, &self.shared.leaked, events, build);
+        let mut keeper = match started {
             Ok(keeper) => keeper,
             Err(e) => {
                 let reason = Reason::Other(format!("no thread for the pipeline: {e}"));
@@ -214,9 +211,17 @@ impl Supervisor {
         End::Failed { reason, healthy }
     }
 
-    fn build(&self, events: Sender<Event>) -> Result<Pipeline, String> {
-        let text = self.templates.find(&self.camera.pipeline).map_err(|e| e.to_string())?;
-        let waits = self.camera.source.is_file() && !self.camera.realtime;
+    /// What builds the pipeline, elsewhere: reading a template may block, too.
+    fn builder(
+        &self,
+        watch: &Arc<Watch>,
+        events: Sender<Event>,
+    ) -> impl FnOnce() -> Result<Pipeline, String> + Send + 'static {
+        let source = self.camera.source.clone();
+        let name = self.camera.pipeline.clone();
+        let templates = Arc::clone(&self.templates);
+        let watch = Arc::clone(watch);
+        let waits = source.is_file() && !self.camera.realtime;
         let (frames, damaged) = (self.inlet.clone(), self.inlet.clone());
         let outlet = Outlet {
             frame: Box::new(move |arrival, watch| {
@@ -232,12 +237,11 @@ impl Supervisor {
             }),
             corrupt: Box::new(move || damaged.corrupt()),
         };
-        let settings = Settings {
-            paced: self.camera.source.is_file() && self.camera.realtime,
-            matrix: self.camera.color,
-            measured: false,
-        };
-        Pipeline::build(&text, &self.camera.source, settings, outlet, events)
+        let settings = Settings { paced: source.is_file() && !waits, matrix: self.camera.color };
+        move || {
+            let text = templates.find(&name).map_err(|e| e.to_string())?;
+            Pipeline::build(&text, &source, settings, &watch, outlet, events)
+        }
     }
 
     /// Waits for the end of the stream, keeping the status fresh.
@@ -268,7 +272,11 @@ impl Supervisor {
                 };
             }
             let event = select! {
-                recv(told) -> event => event.ok(),
+                recv(told) -> event => match event {
+                    Ok(event) => Some(event),
+                    // Its thread is gone without a word.
+                    Err(_) => return Seen::Failed(Reason::Ended),
+                },
                 recv(self.bell) -> _ => None,
                 default(TICK.min(patience - silent)) => None,
             };
@@ -292,6 +300,7 @@ impl Supervisor {
                         None => Seen::Unreachable(Some(failure)),
                     };
                 }
+                Some(Event::Unusable(why)) => return Seen::Failed(Reason::Pipeline(why)),
                 None => {}
             }
             self.observe(watch, streaming_since);

@@ -5,6 +5,7 @@ mod check;
 mod demo;
 mod model;
 mod probe;
+mod push;
 mod run;
 
 use std::io::IsTerminal;
@@ -34,7 +35,7 @@ enum Command {
     Check(check::Args),
     /// Look at a camera and print a [[camera]] block for it
     Probe(probe::Args),
-    /// Look at models
+    /// Look at models and send them
     #[command(subcommand)]
     Model(model::Command),
     /// Measure

@@ -4,12 +4,14 @@
 //! they may hold and what they are when left out. The annotated sample in `systemd/noblink.toml`
 //! equals these defaults (a test says so).
 
+mod models;
 mod reader;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use reader::{Key, Problem};
+pub use models::{Calibration, Models};
+pub use reader::{Key, Problem, is_slug};
 use reader::{Reader, Section};
 
 use crate::camera::source::Source;
@@ -78,6 +80,25 @@ pub struct External {
     pub ca_file: Option<PathBuf>,
     /// Client certificate chain and key, PEM.
     pub client_cert: Option<(PathBuf, PathBuf)>,
+}
+
+impl External {
+    /// The broker at `mqtt://host:port` or `mqtts://host:port`.
+    ///
+    /// # Errors
+    /// What is wrong with the URL; holds no credentials.
+    pub fn at(url: &str) -> Result<Self, String> {
+        let (host, port, tls) = broker_address(url)?;
+        Ok(Self {
+            host,
+            port,
+            tls,
+            username: None,
+            password_file: None,
+            ca_file: None,
+            client_cert: None,
+        })
+    }
 }
 
 /// `[[camera]]`
@@ -183,58 +204,6 @@ impl Provider {
     }
 }
 
-/// `[models]`
-#[derive(Debug, Clone)]
-pub struct Models {
-    /// The model to start with.
-    pub factory: Option<PathBuf>,
-    /// How much slower than the active model a new one may be.
-    pub latency_ratio_max: f64,
-    /// Milliseconds per frame up to which a slower model is taken all the same.
-    pub latency_budget_ms: Option<f64>,
-    /// Operator domains that models may use beyond the common ones.
-    pub custom_op_domains: Vec<String>,
-    /// CPU seconds that a model may take for one step of its proving.
-    pub proving_cpu_s: u64,
-    /// `[models.calibration]`; `None` = no folder.
-    pub calibration: Option<Calibration>,
-}
-
-impl Default for Models {
-    fn default() -> Self {
-        Self {
-            factory: None,
-            latency_ratio_max: 1.5,
-            latency_budget_ms: None,
-            custom_op_domains: Vec::new(),
-            proving_cpu_s: 60,
-            calibration: None,
-        }
-    }
-}
-
-/// `[models.calibration]`: what a new model must find on the site's own pictures.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Calibration {
-    /// With `images/`, `labels/` and `data.yaml`.
-    pub dir: PathBuf,
-    /// Least share of the objects that must be found, of every class.
-    pub min_recall: Option<f64>,
-    /// Least share of the findings that must be right, of every class.
-    pub min_precision: Option<f64>,
-    /// How far recall, precision and AP50 may fall below the active model's.
-    pub margin: f64,
-    /// Objects to find in every picture that has as many.
-    pub min_objects: Option<usize>,
-}
-
-impl Calibration {
-    /// A folder with the rules that stand when nothing is configured.
-    pub fn of(dir: PathBuf) -> Self {
-        Self { dir, min_recall: None, min_precision: None, margin: 0.05, min_objects: None }
-    }
-}
-
 /// What is wrong with a configuration: all of it.
 #[derive(Debug)]
 pub struct Invalid {
@@ -294,7 +263,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let mqtt = root.table("mqtt").map(mqtt);
     let cameras: Vec<_> = root.tables("camera").into_iter().map(camera).collect();
     let inference = inference(root.table_or_empty("inference"));
-    let models = models(root.table_or_empty("models"));
+    let models = models::read(root.table_or_empty("models"));
     if cameras.is_empty() {
         root.problem("camera", "is missing: write one [[camera]] section per camera");
     }
@@ -333,10 +302,7 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
     let ca_file = s.path("ca_file", None);
     let cert = s.path("client_cert_file", None);
     let key = s.path("client_key_file", None);
-    let prefix = s.matching("prefix", "noblink", "1 to 64 of a-z, A-Z, 0-9, _ and -", |p| {
-        (1..=64).contains(&p.len())
-            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
-    });
+    let prefix = s.matching("prefix", "noblink", PREFIX_ALLOWED, is_prefix);
     let broker = match (&url, embedded) {
         (_, None) => None,
         (Some(_), Some(true)) => {
@@ -407,6 +373,15 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
     };
     s.finish();
     Some(Mqtt { broker: broker?, prefix: prefix? })
+}
+
+/// What the first level of the topics may be.
+pub const PREFIX_ALLOWED: &str = "1 to 64 of a-z, A-Z, 0-9, _ and -";
+
+/// Whether it is [`PREFIX_ALLOWED`].
+pub fn is_prefix(p: &str) -> bool {
+    (1..=64).contains(&p.len())
+        && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
 }
 
 /// Host, port and whether TLS, or what is wrong with the URL. The password never stands in it.
@@ -515,49 +490,5 @@ fn inference(mut s: Section<'_, '_>) -> Option<Inference> {
         confidence: confidence? as f32,
         iou: iou? as f32,
         library,
-    })
-}
-
-fn models(mut s: Section<'_, '_>) -> Option<Models> {
-    let default = Models::default();
-    let factory = s.path("factory", None);
-    let latency_ratio_max =
-        s.number("latency_ratio_max", 1.0..=100.0, Some(default.latency_ratio_max));
-    let latency_budget_ms = s.number("latency_budget_ms", 0.1..=60000.0, None);
-    let custom_op_domains = s.strings("custom_op_domains", "a list of operator domains");
-    let proving_cpu_s = s.integer("proving_cpu_s", 1..=3600, Some(default.proving_cpu_s as i64));
-    let calibration = calibration(s.table_or_empty("calibration"));
-    s.finish();
-    Some(Models {
-        factory,
-        latency_ratio_max: latency_ratio_max?,
-        latency_budget_ms,
-        custom_op_domains: custom_op_domains.unwrap_or_default(),
-        proving_cpu_s: proving_cpu_s? as u64,
-        calibration,
-    })
-}
-
-fn calibration(mut s: Section<'_, '_>) -> Option<Calibration> {
-    let dir = s.path("dir", None);
-    let min_recall = s.number("min_recall", 0.0..=1.0, None);
-    let min_precision = s.number("min_precision", 0.0..=1.0, None);
-    let margin = s.number("margin", 0.0..=1.0, Some(0.05));
-    let min_objects = s.integer("min_objects", 1..=300, None);
-    if !s.has("dir") {
-        for key in ["min_recall", "min_precision", "margin", "min_objects"] {
-            if s.has(key) {
-                s.problem("dir", &format!("is missing: {key} says what to ask of its pictures"));
-                break;
-            }
-        }
-    }
-    s.finish();
-    Some(Calibration {
-        dir: dir?,
-        min_recall,
-        min_precision,
-        margin: margin?,
-        min_objects: min_objects.map(|n| n as usize),
     })
 }

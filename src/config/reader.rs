@@ -269,10 +269,20 @@ impl<'t, 'a> Section<'t, 'a> {
     }
 
     pub(super) fn strings(&mut self, key: &str, allowed: &str) -> Option<Vec<String>> {
+        self.parsed(key, allowed, |s| Some(s.to_owned()).filter(|s| !s.is_empty()))
+    }
+
+    /// A list of strings that each mean something.
+    pub(super) fn parsed<T>(
+        &mut self,
+        key: &str,
+        allowed: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<Vec<T>> {
         let value = self.setting(key, allowed, None)?;
-        let list: Option<Vec<String>> = value.as_array().and_then(|items| {
-            items.iter().map(|v| v.as_str().filter(|s| !s.is_empty()).map(str::to_owned)).collect()
-        });
+        let list: Option<Vec<T>> = value
+            .as_array()
+            .and_then(|items| items.iter().map(|v| v.as_str().and_then(&parse)).collect());
         match list {
             Some(list) if !list.is_empty() => Some(list),
             _ => self.refuse(key, value, allowed),
@@ -313,7 +323,7 @@ impl<'t, 'a> Section<'t, 'a> {
 }
 
 /// One level of a topic: `[a-z0-9][a-z0-9_-]{0,31}`.
-fn is_slug(s: &str) -> bool {
+pub fn is_slug(s: &str) -> bool {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     (1..=32).contains(&s.len())
         && plain(s.as_bytes()[0])

@@ -169,6 +169,7 @@ impl Contract {
             end2end: end2end(scan),
             rtdetr: rtdetr(scan),
             head: scan.metadata("head").is_some(),
+            task: scan.metadata("task").is_some(),
         };
         let layout = match overrides.layout {
             Some(layout) => layout::check(layout, &evidence)?,
@@ -224,7 +225,9 @@ impl Contract {
         let shape = found.map(Some);
         let classes = layout::classes(self.layout, self.ranked, shape);
         let labels = self.labels.len();
-        if differs(0) || differs(1) || classes.is_some_and(|n| n != labels) {
+        let input = (self.input.width, self.input.height);
+        let readable = layout::readable(self.layout, self.ranked, shape, input);
+        if differs(0) || differs(1) || !readable || classes.is_some_and(|n| n != labels) {
             return Err(format!(
                 "its output is {}, which does not fit {labels} labels and what the file says",
                 layout::describe(self.layout, shape)

@@ -135,6 +135,7 @@ pub struct Model {
     identity: Identity,
     contract: Contract,
     provider: Provider,
+    whole: bool,
     state: Mutex<State>,
     options: RunOptions,
     terminated: AtomicBool,
@@ -201,27 +202,21 @@ impl Model {
         options: &EngineOptions,
     ) -> Result<Self, OpenError> {
         let contract = file.contract.clone();
-        let refused = |what: &str, e: ort::Error| {
-            let name = &file.identity.id;
-            Refusal::new(Code::Session, format!("{name}: ONNX Runtime {what}: {}", one_line(&e)))
+        let (session, whole) = match session(runtime, file, options, true) {
+            // Some operators are not the provider's: the CPU takes them, and that is said.
+            Err(OpenError::Refused(_)) if options.provider != Provider::Cpu => {
+                (session(runtime, file, options, false)?, false)
+            }
+            session => (session?, true),
         };
-        let mut builder = configure(runtime, &contract, options)
-            .map_err(|e| refused("can't be configured", e))?;
-        if let Some(provider) = dispatch(options) {
-            let library = runtime.library().display().to_string();
-            builder = builder.with_execution_providers([provider]).map_err(|e| {
-                let reason = one_line(&e);
-                OpenError::Provider { provider: options.provider, library, reason }
-            })?;
-        }
-        let session =
-            builder.commit_from_memory(&file.bytes).map_err(|e| refused("does not load it", e))?;
-        let state = State::new(session, &contract).map_err(|e| refused("can't bind it", e))?;
-        let run_options = RunOptions::new().map_err(|e| refused("can't be configured", e))?;
+        let state =
+            State::new(session, &contract).map_err(|e| refused(file, "can't bind it", &e))?;
+        let run_options = RunOptions::new().map_err(|e| refused(file, "can't run it", &e))?;
         let model = Self {
             identity: file.identity.clone(),
             contract,
             provider: options.provider,
+            whole,
             state: Mutex::new(state),
             options: run_options,
             terminated: AtomicBool::new(false),
@@ -243,6 +238,11 @@ impl Model {
     /// The provider that its session was built with.
     pub fn provider(&self) -> Provider {
         self.provider
+    }
+
+    /// Whether every node runs on [`provider`](Self::provider); else the CPU has some of them.
+    pub fn whole(&self) -> bool {
+        self.whole
     }
 
     /// Stops a run that takes too long, from another thread. ONNX Runtime looks at it between
@@ -270,6 +270,37 @@ impl Model {
         let found = runner.state.output.shape();
         self.contract.check_run(found).map_err(failed)
     }
+}
+
+/// Builds the session. `whole`: fail rather than leave nodes of another provider to the CPU.
+fn session(
+    runtime: &Runtime,
+    file: &ModelFile,
+    options: &EngineOptions,
+    whole: bool,
+) -> Result<Session, OpenError> {
+    let mut builder = configure(runtime, &file.contract, options)
+        .map_err(|e| refused(file, "can't be configured", &e))?;
+    if let Some(provider) = dispatch(options) {
+        let library = runtime.library().display().to_string();
+        let registered = builder.with_execution_providers([provider]);
+        builder = registered.map_err(|e| {
+            let reason = one_line(&e);
+            OpenError::Provider { provider: options.provider, library, reason }
+        })?;
+        if whole {
+            builder = builder
+                .with_disable_cpu_fallback()
+                .map_err(|e| refused(file, "can't be configured", &e.into()))?;
+        }
+    }
+    let session = builder.commit_from_memory(&file.bytes);
+    Ok(session.map_err(|e| refused(file, "does not load it", &e))?)
+}
+
+fn refused(file: &ModelFile, what: &str, error: &ort::Error) -> Refusal {
+    let name = &file.identity.id;
+    Refusal::new(Code::Session, format!("{name}: ONNX Runtime {what}: {}", one_line(error)))
 }
 
 /// The session's options: nothing is left to defaults that change between versions.
@@ -378,11 +409,9 @@ impl Output {
     fn data<'a>(&'a self, dtype: Dtype, wide: &'a mut Vec<f32>) -> Result<&'a [f32], RunError> {
         match (self, dtype) {
             (Self::Copied { data, .. }, _) => Ok(data),
-            (Self::Bound(tensor), Dtype::F32) => {
-                Ok(tensor.try_extract_tensor().map_err(session)?.1)
-            }
+            (Self::Bound(tensor), Dtype::F32) => Ok(tensor.try_extract_tensor().map_err(unread)?.1),
             (Self::Bound(tensor), Dtype::F16) => {
-                widen(tensor.try_extract_tensor().map_err(session)?.1, wide);
+                widen(tensor.try_extract_tensor().map_err(unread)?.1, wide);
                 Ok(wide)
             }
         }
@@ -548,6 +577,6 @@ fn widen(from: &[f16], to: &mut Vec<f32>) {
     from.convert_to_f32_slice(to);
 }
 
-fn session(e: ort::Error) -> RunError {
+fn unread(e: ort::Error) -> RunError {
     RunError::Session(one_line(&e))
 }

@@ -103,6 +103,15 @@ impl ModelFile {
     }
 }
 
+impl Identity {
+    /// What a file is called when nothing but itself says so, be it a detector or not.
+    pub fn guess(bytes: &[u8], name: &str) -> Self {
+        let scan = onnx::scan(bytes).unwrap_or_default();
+        let sha256 = crate::update::digest::Digest::of(bytes).to_string();
+        identity(&scan, &Overrides::default(), name, sha256)
+    }
+}
+
 /// Manifest, then metadata, then file name and digest.
 fn identity(scan: &Scan, overrides: &Overrides, name: &str, sha256: String) -> Identity {
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);

@@ -1,5 +1,6 @@
 //! The layouts of detectors' outputs, and how one is told from another.
 
+use crate::vision::decode::YOLOX_STRIDES;
 use crate::vision::letterbox::Fit;
 use crate::vision::preprocess::{Order, Scale};
 
@@ -55,6 +56,8 @@ pub(super) struct Evidence {
     pub(super) end2end: Option<bool>,
     /// The metadata names RT-DETR.
     pub(super) rtdetr: bool,
+    /// The metadata says `task`: the exporter is Ultralytics', and the task is detection.
+    pub(super) task: bool,
     /// The metadata names the head, as the exporter does whose RT-DETR ranks its boxes.
     pub(super) head: bool,
 }
@@ -126,6 +129,15 @@ fn by_columns(evidence: &Evidence) -> Vec<Layout> {
             fits.extend([Layout::Yolo5, Layout::Yolox]);
         }
     }
+    if (a, b) == (None, None) && evidence.task {
+        // A dynamic export of Ultralytics says no size of its output; the first run tells whether
+        // the labels fit.
+        fits.push(Layout::Yolo8);
+        fits.push(Layout::End2end);
+        if evidence.rtdetr {
+            fits.push(Layout::Rtdetr);
+        }
+    }
     if b == Some(6) {
         fits.push(Layout::End2end);
     }
@@ -138,6 +150,8 @@ fn by_columns(evidence: &Evidence) -> Vec<Layout> {
 /// Keeps what the metadata does not contradict: what the exporter wrote, the number of labels.
 fn told(evidence: &Evidence, mut fits: Vec<Layout>) -> Vec<Layout> {
     fits.retain(|f| match f {
+        // The one exporter that ranks RT-DETR's boxes says that it is RT-DETR.
+        Layout::Rtdetr if ranked(*f, evidence) => evidence.rtdetr,
         Layout::Rtdetr => evidence.end2end != Some(true) || evidence.rtdetr,
         Layout::End2end => evidence.end2end != Some(false) && !evidence.rtdetr,
         _ => evidence.end2end != Some(true) && !evidence.rtdetr,
@@ -150,23 +164,29 @@ fn told(evidence: &Evidence, mut fits: Vec<Layout>) -> Vec<Layout> {
     fits
 }
 
-/// Accepts a layout that a manifest asks for, if the shape can be read so.
-pub(super) fn check(layout: Layout, evidence: &Evidence) -> Result<Layout, Refusal> {
-    let [a, b] = evidence.shape;
-    let possible = match layout {
+/// Whether a layout can be read out of a shape, as far as that is known.
+pub(super) fn readable(
+    layout: Layout,
+    ranked: bool,
+    [a, b]: [Option<usize>; 2],
+    (width, height): (usize, usize),
+) -> bool {
+    match layout {
         Layout::Yolo8 => a.is_none_or(|a| a > 4),
         Layout::Yolo5 => b.is_none_or(|b| b > 5),
         // The grid must be walked: rows that do not fill it belong to something else.
         Layout::Yolox => {
-            let (w, h) = evidence.input;
-            let cells: usize =
-                crate::vision::decode::YOLOX_STRIDES.iter().map(|s| (w / s) * (h / s)).sum();
+            let cells: usize = YOLOX_STRIDES.iter().map(|s| (width / s) * (height / s)).sum();
             a.is_none_or(|a| a == cells) && b.is_none_or(|b| b > 5)
         }
-        Layout::End2end => b.is_none_or(|b| b == 6),
-        Layout::Rtdetr => b.is_none_or(|b| b > 4),
-    };
-    if possible {
+        Layout::Rtdetr if !ranked => b.is_none_or(|b| b > 4),
+        Layout::End2end | Layout::Rtdetr => b.is_none_or(|b| b == 6),
+    }
+}
+
+/// Accepts a layout that a manifest asks for, if the shape can be read so.
+pub(super) fn check(layout: Layout, evidence: &Evidence) -> Result<Layout, Refusal> {
+    if readable(layout, ranked(layout, evidence), evidence.shape, evidence.input) {
         return Ok(layout);
     }
     Err(Refusal::new(
@@ -183,7 +203,7 @@ pub(super) fn check(layout: Layout, evidence: &Evidence) -> Result<Layout, Refus
 /// and two labels both are possible; the exporter that ranks also writes `head`.
 pub(super) fn ranked(layout: Layout, evidence: &Evidence) -> bool {
     layout == Layout::Rtdetr
-        && evidence.shape[1] == Some(6)
+        && matches!(evidence.shape[1], None | Some(6))
         && (evidence.head || evidence.labels != Some(2))
 }
 

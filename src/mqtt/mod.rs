@@ -2,7 +2,7 @@
 //!
 //! `outbox` holds the records that must arrive, `board` what is merely current; both are filled by
 //! any thread and never block it. `link` keeps a connection to a broker and empties them; `wire` is
-//! one connection, the only file that names rumqttc. `tls`, `failure`, `backoff` and `status` are
+//! one connection, and with `listener`, a plain client for commands, all that names rumqttc. `tls`, `failure`, `backoff` and `status` are
 //! its trust, its words, its patience and its state. `broker` is the broker inside, for a box
 //! without another. Nothing here may ever make the worker wait.
 

@@ -68,7 +68,8 @@ fn system_roots() -> Result<RootCertStore, String> {
     Ok(roots)
 }
 
-fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+/// The certificates of a PEM file; `key` of the configuration names it.
+pub(crate) fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let problem = |e| unreadable(key, file, "certificate", &e);
     let found: Vec<_> = CertificateDer::pem_file_iter(file)
         .map_err(problem)?

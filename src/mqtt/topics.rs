@@ -52,6 +52,51 @@ impl Topics {
         self.under(&format!("cameras/{camera}/gaps"))
     }
 
+    /// The desired model, retained; to the device.
+    pub fn desired(&self) -> Arc<str> {
+        self.under("cmd/models/desired")
+    }
+
+    /// What runs, what ran before and the job in progress, retained.
+    pub fn models_state(&self) -> Arc<str> {
+        self.under("models/state")
+    }
+
+    /// Each change of a job.
+    pub fn models_job(&self, job: &str) -> Arc<str> {
+        self.under(&format!("models/jobs/{job}"))
+    }
+
+    /// The answer to a command.
+    pub fn reply(&self, command: &str) -> Arc<str> {
+        self.under(&format!("reply/{command}"))
+    }
+
+    /// Where the device asks for chunks of a model; `digest8` are the first 8 digits of its digest.
+    pub fn xfer_want(&self, digest8: &str) -> Arc<str> {
+        self.under(&format!("xfer/{digest8}/want"))
+    }
+
+    /// Where it gets one.
+    pub fn xfer_chunk(&self, digest8: &str, index: u32) -> Arc<str> {
+        self.under(&format!("xfer/{digest8}/chunk/{index}"))
+    }
+
+    /// The filter of all chunks.
+    pub fn xfer_filter(&self) -> Arc<str> {
+        self.under("xfer/+/chunk/+")
+    }
+
+    /// The first digits of the digest and the index of a chunk's topic; none for other topics.
+    pub fn parse_chunk<'t>(&self, topic: &'t str) -> Option<(&'t str, u32)> {
+        let rest = topic.strip_prefix(&*self.root)?.strip_prefix("/xfer/")?;
+        let (digest8, index) = rest.split_once("/chunk/")?;
+        let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
+        let is_digest = digest8.len() == 8 && digest8.bytes().all(|b| b.is_ascii_hexdigit());
+        // `parse` alone would take "+7".
+        (is_digest && digits(index)).then(|| Some((digest8, index.parse().ok()?)))?
+    }
+
     fn under(&self, rest: &str) -> Arc<str> {
         format!("{}/{rest}", self.root).into()
     }

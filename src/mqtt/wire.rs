@@ -1,4 +1,4 @@
-//! The wire: one connection by rumqttc. The only file that names it.
+//! The wire: one connection by rumqttc. Only this file and `listener` name it.
 //!
 //! One connection is one fresh event loop, and its options are built anew: rumqttc loses what it
 //! holds when the broker lost the session, keeps a collision across reconnects, and lets the server
@@ -267,7 +267,7 @@ fn verdict(reason: PubAckReason) -> Verdict {
     }
 }
 
-fn inbound(publish: Publish) -> Option<Inbound> {
+pub(super) fn inbound(publish: Publish) -> Option<Inbound> {
     let properties = publish.properties.unwrap_or_default();
     Some(Inbound {
         topic: String::from_utf8(publish.topic.to_vec()).ok()?,
@@ -308,6 +308,12 @@ fn options(hello: &Hello<'_>) -> Result<MqttOptions, String> {
         true,
         Some(delayed),
     ));
+    access(&mut options, broker)?;
+    Ok(options)
+}
+
+/// Login and TLS, as the files say now.
+pub(super) fn access(options: &mut MqttOptions, broker: &External) -> Result<(), String> {
     if let Some(username) = &broker.username {
         let password = match &broker.password_file {
             None => String::new(),
@@ -320,10 +326,16 @@ fn options(hello: &Hello<'_>) -> Result<MqttOptions, String> {
         let config = tls::client_config(broker)?;
         options.set_transport(Transport::Tls(TlsConfiguration::Rustls(config)));
     }
-    Ok(options)
+    Ok(())
 }
 
-fn diagnose(error: &ConnectionError, broker: &External, client_id: &str, up: bool) -> Failure {
+/// What a failed connection means; `up`: after it had stood.
+pub(super) fn diagnose(
+    error: &ConnectionError,
+    broker: &External,
+    client_id: &str,
+    up: bool,
+) -> Failure {
     match error {
         ConnectionError::Io(e)
         | ConnectionError::Tls(TlsError::Io(e))

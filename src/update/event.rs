@@ -1,9 +1,7 @@
 //! What moves the machine, and what it wants done.
 
 use super::digest::Digest;
-use super::job::{
-    Breaker, Command, Gate, Install, Job, JobState, Life, Millis, Phase, Reason, Slot, Way,
-};
+use super::job::{Breaker, Command, Gate, Job, JobState, Life, Millis, Phase, Reason, Slot, Way};
 
 /// Something happened. Time is a field: the machine has no clock.
 #[derive(Debug, Clone, PartialEq)]
@@ -314,11 +312,4 @@ pub enum Change {
     },
     /// The process started or is about to stop.
     Life(Life),
-}
-
-impl Command {
-    /// Whether a person is asked in any case.
-    pub fn is_manual(&self) -> bool {
-        self.install == Install::Manual
-    }
 }

@@ -117,6 +117,25 @@ pub struct Command {
     pub accept_slower: Option<Ratio>,
 }
 
+impl Command {
+    /// The fingerprint of a command: what it asks for, not who asks or by which id.
+    pub fn fingerprint(
+        source: &Source,
+        install: Install,
+        digest: Option<&Digest>,
+        manifest: Option<&[u8]>,
+    ) -> Digest {
+        let manifest = manifest.map(Digest::of);
+        let parts = (source, install, digest, manifest);
+        Digest::of(&serde_json::to_vec(&parts).expect("plain values have a JSON form"))
+    }
+
+    /// Whether a person is asked in any case.
+    pub fn is_manual(&self) -> bool {
+        self.install == Install::Manual
+    }
+}
+
 /// A ratio, in thousandths: exact, so that commands can be compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ratio(pub u32);

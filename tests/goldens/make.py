@@ -17,7 +17,6 @@ The pictures are formulas in integers, drawn here and in tests/parity.rs alike.
 """
 
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -306,5 +305,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("YOLO_VERBOSE", "false")
     main()

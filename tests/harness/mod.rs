@@ -5,6 +5,7 @@ pub mod link;
 pub mod mosquitto;
 pub mod onnx;
 pub mod peer;
+pub mod pki;
 pub mod service;
 pub mod wire;
 

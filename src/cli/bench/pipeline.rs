@@ -234,7 +234,7 @@ impl Bench {
             &Inference::default(),
         );
         if let Some(model) = model {
-            slot.swap(Some(Arc::new(Live { model: Arc::new(model), epoch: 0 })));
+            slot.swap(Some(Live::new(Arc::new(model), 0, None)));
         }
         let worker = std::thread::Builder::new().name("infer".into()).spawn(|| worker.run())?;
         let camera = Camera::start(settings, inlets.remove(0), Arc::new(assets::templates(None)))?;

@@ -5,7 +5,7 @@ mod validate;
 
 use std::path::PathBuf;
 
-use super::{Failure, Outcome, print_json};
+use super::{Failure, Outcome, print_json, push};
 use crate::model::contract::Overrides;
 use crate::model::inspect::Inspection;
 
@@ -23,6 +23,8 @@ pub(super) enum Command {
     Validate(validate::Args),
     /// Save frames of a camera with the model's findings as labels to correct
     Calibrate(calibrate::Args),
+    /// Send a model to a device, and follow it to its end
+    Push(push::Args),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
@@ -30,6 +32,7 @@ pub(super) fn run(command: Command) -> Outcome {
         Command::Inspect { file, json } => inspect(&file, json),
         Command::Validate(args) => validate::run(args),
         Command::Calibrate(args) => calibrate::run(args),
+        Command::Push(args) => push::run(args),
     }
 }
 

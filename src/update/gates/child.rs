@@ -225,6 +225,7 @@ impl<'a> Proof<'a> {
         self.phase("examine", began);
         let numbers = json!({
             "provider": bench.model.provider(),
+            "all_nodes_there": bench.model.whole(),
             "threads": self.request.engine.threads,
             "runtime": runtime.version(),
             "frames": watch.frames,

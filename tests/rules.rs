@@ -1,0 +1,88 @@
+//! The repository's rules, held by tests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources() -> Vec<(String, String)> {
+    fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&root().join("src"), &mut found);
+    let name = |p: &PathBuf| p.strip_prefix(root()).unwrap().display().to_string();
+    found.iter().map(|p| (name(p), fs::read_to_string(p).unwrap())).collect()
+}
+
+/// Files that use a crate, comments aside.
+fn users_of(krate: &str) -> Vec<String> {
+    let path = format!("{krate}::");
+    let uses = |text: &str| {
+        text.lines().any(|line| {
+            let code = line.split("//").next().unwrap_or("");
+            code.match_indices(&path).any(|(at, _)| {
+                !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':')
+            })
+        })
+    };
+    let mut users: Vec<_> =
+        sources().into_iter().filter(|(_, text)| uses(text)).map(|(name, _)| name).collect();
+    users.sort();
+    users
+}
+
+#[test]
+fn what_may_be_exchanged_one_day_is_named_in_one_place() {
+    assert_eq!(users_of("rumqttc"), ["src/mqtt/listener.rs", "src/mqtt/wire.rs"]);
+    assert_eq!(users_of("mqtt5"), ["src/mqtt/broker.rs"]);
+    assert_eq!(users_of("arc_swap"), ["src/model/slot.rs"]);
+    assert_eq!(users_of("ort"), ["src/model/engine.rs", "src/model/runtime.rs"]);
+}
+
+/// deny.toml ignores advisories against rustls-webpki 0.102 because nothing but rumqttc, which
+/// takes one variant of an error type from it, depends on it.
+#[test]
+fn nothing_but_rumqttc_depends_on_the_old_webpki() {
+    let lock: toml::Table = fs::read_to_string(root().join("Cargo.lock")).unwrap().parse().unwrap();
+    let packages = lock["package"].as_array().unwrap();
+    let depends = |package: &&toml::Value| {
+        let dependencies = package.get("dependencies").and_then(|d| d.as_array());
+        dependencies
+            .into_iter()
+            .flatten()
+            .any(|d| d.as_str().is_some_and(|d| d.starts_with("rustls-webpki 0.102")))
+    };
+    let users: Vec<_> =
+        packages.iter().filter(depends).map(|p| p["name"].as_str().unwrap()).collect();
+    assert_eq!(users, ["rumqttc"]);
+}
+
+#[test]
+fn a_file_fits_into_a_head() {
+    for (name, text) in sources() {
+        let lines = text.lines().count();
+        assert!(lines <= 600, "{name} has {lines} lines: split it along the data");
+    }
+}
+
+/// The README shows the commands that do all the set-up, and every command that there is.
+#[test]
+fn the_readme_names_every_command() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for command in ["make demo", "make test", "noblink run", "noblink check", "noblink probe"] {
+        assert!(readme.contains(command), "README.md does not show `{command}`");
+    }
+    for command in ["model inspect", "bench pipeline"] {
+        assert!(readme.contains(command), "README.md does not show `{command}`");
+    }
+}
