@@ -244,6 +244,7 @@ fn plates_2_passes_against_plates_1_and_plates_3_does_not_against_2() {
     assert_eq!(gate(&outcome.gates, "agreement").verdict, Verdict::Skipped);
     let confinement = &gate(&outcome.gates, "proving").numbers["confinement"];
     assert_eq!(confinement["system_call_filter"], "on", "{confinement}");
+    assert_eq!(confinement["offline"], true, "{confinement}");
 
     let mut worse = request(&shipped("v3"), &shipped("v2"));
     worse.calibration = calibration;

@@ -223,6 +223,7 @@ impl<'a> Proof<'a> {
         let layout = bench.model.contract().layout;
         let looked = looked.and_then(|()| watch.end(layout, !real.is_empty()));
         self.phase("examine", began);
+        let online = confinement["offline"] != true;
         let numbers = json!({
             "provider": bench.model.provider(),
             "all_nodes_there": bench.model.whole(),
@@ -237,10 +238,13 @@ impl<'a> Proof<'a> {
         if let Err(reason) = looked {
             return Err(refuse(self, (Fault::Model, reason), numbers));
         }
-        let message = format!(
+        let mut message = format!(
             "loaded in {:.0} ms, {} frames of black, white, noise and life survived",
             self.phases_ms["load"], watch.frames
         );
+        if online {
+            message += "; this machine did not let its network be cut off";
+        }
         self.push(gate("proving", Verdict::Passed, message, numbers));
         Ok(bench)
     }
