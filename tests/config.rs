@@ -307,6 +307,25 @@ const WRONG: &[Row] = &[
     ),
     (VALID, "inference.library", Some("\"\""), "inference.library = \"\": must be a path"),
     (VALID, "models.factory", Some("false"), "models.factory = false: must be a path"),
+    (VALID, "models.inbox", Some("1"), "models.inbox = 1: must be a path"),
+    (
+        VALID,
+        "models.public_keys",
+        Some("[]"),
+        "models.public_keys = []: must be a list of minisign public keys (RWQ…)",
+    ),
+    (
+        VALID,
+        "models.accept_stages",
+        Some("\"production\""),
+        "models.accept_stages = \"production\": must be a list of stages, such as [\"production\"]",
+    ),
+    (
+        VALID,
+        "models.probation_s",
+        Some("-1"),
+        "models.probation_s = -1: must be a whole number from 0 to 86400",
+    ),
     (
         VALID,
         "models.latency_ratio_max",

@@ -5,6 +5,7 @@ mod camera;
 mod cli;
 mod config;
 mod fetch;
+mod gates;
 mod harness;
 mod model;
 mod mqtt;

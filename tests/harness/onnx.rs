@@ -30,6 +30,10 @@ pub enum Fault {
     Error,
     /// The run takes hours; it can be terminated.
     Hang,
+    /// The run allocates 10 GB and writes to all of it.
+    Memory,
+    /// At any brightness: the output does not depend on the picture.
+    Constant,
 }
 
 /// Which detector to make. Fields may be changed before [`bytes`](Self::bytes).
@@ -48,6 +52,10 @@ pub struct Detector {
     pub fault: Fault,
     /// The fault strikes on blue pictures instead of bright ones: no gate shows one.
     pub strikes_blue: bool,
+    /// Added to the logits of the scores: the lower, the blinder.
+    pub bias: f32,
+    /// Moves all boxes to the right, pixels of the input.
+    pub shift: f32,
     /// Written over what an exporter of Ultralytics would write; an empty value removes the key.
     pub metadata: Vec<(&'static str, String)>,
     /// Leaves height and width open.
@@ -65,6 +73,8 @@ impl Detector {
             work: 0,
             fault: Fault::None,
             strikes_blue: false,
+            bias: -4.0,
+            shift: 0.0,
             metadata: Vec::new(),
             dynamic: false,
         }
@@ -87,7 +97,7 @@ impl Detector {
         model(&graph, &metadata)
     }
 
-    fn metadata(&self) -> Vec<(String, String)> {
+    pub fn metadata(&self) -> Vec<(String, String)> {
         let names: Vec<_> =
             self.labels.iter().enumerate().map(|(n, l)| format!("{n}: '{l}'")).collect();
         let mut metadata = vec![
@@ -112,14 +122,14 @@ impl Detector {
             for y in 0..self.height / stride {
                 for x in 0..self.width / stride {
                     let s = stride as f32;
-                    cells.push([(x as f32 + 0.5) * s, (y as f32 + 0.5) * s, s]);
+                    cells.push([(x as f32 + 0.5) * s + self.shift, (y as f32 + 0.5) * s, s]);
                 }
             }
         }
         cells
     }
 
-    fn graph(&self) -> Graph {
+    pub fn graph(&self) -> Graph {
         let kind = if self.half { FLOAT16 } else { FLOAT };
         let sides = if self.dynamic {
             [Size::Named("height"), Size::Named("width")]
@@ -195,8 +205,13 @@ impl Detector {
 
     /// Adds the fault: something that is 0 on dark pictures.
     fn spoil(&self, g: &mut Graph, picture: &str, colours: &str) -> String {
-        if self.fault == Fault::None {
-            return colours.to_owned();
+        match self.fault {
+            Fault::None => return colours.to_owned(),
+            Fault::Constant => {
+                g.floats("blind", &[], &[0.0]);
+                return g.node("Mul", &[colours, "blind"], &[]);
+            }
+            _ => {}
         }
         let blue = if self.strikes_blue { [-3.0, 0.0, 3.0] } else { [1.0; 3] };
         g.floats("blue", &[1, 3, 1, 1], &blue);
@@ -204,7 +219,15 @@ impl Detector {
         let mean = g.node("ReduceMean", &[&weighted], &[("keepdims", Attr::Int(0))]);
         g.floats("limit", &[], &[0.9]);
         let zero = match self.fault {
-            Fault::None => unreachable!("returned above"),
+            Fault::None | Fault::Constant => unreachable!("returned above"),
+            Fault::Memory => {
+                let bright = g.node("Greater", &[&mean, "limit"], &[]);
+                let flag = g.node("Cast", &[&bright], &[("to", Attr::Int(i64::from(INT64)))]);
+                g.ints("ten gigabytes", &[1], &[2_500_000_000]);
+                let size = g.node("Mul", &[&flag, "ten gigabytes"], &[]);
+                let zeros = g.node("ConstantOfShape", &[&size], &[]);
+                g.node("ReduceSum", &[&zeros], &[("keepdims", Attr::Int(0))])
+            }
             Fault::Nan => {
                 // The root of a negative number, times 0.
                 let left = g.node("Sub", &["limit", &mean], &[]);
@@ -247,7 +270,7 @@ impl Detector {
             weights[class * 3 + class % 3] = 16.0;
         }
         g.floats("colour weights", &[classes, 3, 1], &weights);
-        g.floats("colour bias", &[classes], &vec![-4.0; classes]);
+        g.floats("colour bias", &[classes], &vec![self.bias; classes]);
         let logits = g.node("Conv", &[colours, "colour weights", "colour bias"], &[]);
         g.node("Sigmoid", &[&logits], &[])
     }
@@ -390,15 +413,12 @@ impl Graph {
 
     /// A tensor whose data lies in another file.
     pub fn external(&mut self, name: &str, dims: &[usize], location: &str) {
-        let mut tensor = Vec::new();
-        for dim in dims {
-            tensor.extend(number_field(1, *dim as u64));
-        }
-        tensor.extend(number_field(2, FLOAT as u64));
-        tensor.extend(bytes_field(8, name.as_bytes()));
-        tensor.extend(bytes_field(13, &entry("location", location)));
-        tensor.extend(number_field(14, 1));
-        self.fields.extend(bytes_field(5, &tensor));
+        self.fields.extend(bytes_field(5, &external(name, dims, location)));
+    }
+
+    /// Adds a field as it is.
+    pub fn field(&mut self, number: u64, value: &[u8]) {
+        self.fields.extend(bytes_field(number, value));
     }
 
     /// Adds a node with one output and returns that output's name.
@@ -449,11 +469,25 @@ impl Graph {
         self.fields.extend(bytes_field(1, &node));
     }
 
-    fn bytes(&self, name: &str) -> Vec<u8> {
+    /// The message.
+    pub fn bytes(&self, name: &str) -> Vec<u8> {
         let mut graph = self.fields.clone();
         graph.extend(bytes_field(2, name.as_bytes()));
         graph
     }
+}
+
+/// A tensor whose data lies in another file.
+pub fn external(name: &str, dims: &[usize], location: &str) -> Vec<u8> {
+    let mut tensor = Vec::new();
+    for dim in dims {
+        tensor.extend(number_field(1, *dim as u64));
+    }
+    tensor.extend(number_field(2, FLOAT as u64));
+    tensor.extend(bytes_field(8, name.as_bytes()));
+    tensor.extend(bytes_field(13, &entry("location", location)));
+    tensor.extend(number_field(14, 1));
+    tensor
 }
 
 /// A whole file. Opset 13, IR version 8.

@@ -96,7 +96,25 @@ fn judge(
     let known = known.transpose().map_err(|e| anyhow!("the model to compare with: {e}"))?;
     let subject = Subject::file(&args.file);
     let shown = args.file.display().to_string();
-    let bytes = std::fs::read(&args.file).with_context(|| format!("{shown} can't be read"))?;
+    let unreadable = || format!("{shown} can't be read");
+    let size = std::fs::metadata(&args.file).with_context(unreadable)?.len();
+    let mut judged = Judged {
+        file: shown.clone(),
+        model: None,
+        accepted: false,
+        reason: None,
+        ask: None,
+        gates: Vec::new(),
+        phases_ms: BTreeMap::new(),
+        memory_peak_bytes: 0,
+    };
+    if size > models.max_size {
+        let most = models.max_size / 1_000_000;
+        let text = format!("the model has {size} bytes: models.max_size_mb allows {most} MB");
+        judged.reason = Some(Reason::new("too_large", text));
+        return Ok(judged);
+    }
+    let bytes = std::fs::read(&args.file).with_context(unreadable)?;
     let rules = Rules {
         overrides: &Overrides::default(),
         domains,
@@ -104,16 +122,7 @@ fn judge(
         allow_removed_labels: args.allow_removed_labels,
     };
     let content = gates::content(bytes, &subject.name, &rules);
-    let mut judged = Judged {
-        file: shown,
-        model: None,
-        accepted: false,
-        reason: None,
-        ask: None,
-        gates: content.gates,
-        phases_ms: BTreeMap::new(),
-        memory_peak_bytes: 0,
-    };
+    judged.gates = content.gates;
     let file = match content.file {
         Ok(file) => file,
         Err(reason) => {
@@ -143,6 +152,8 @@ fn print(judged: &Judged) {
     let model = model.as_ref().map_or(String::new(), |m| format!(" ({} {})", m.id, m.version));
     match &judged.reason {
         None => println!("{file}{model}: accepted\n"),
+        // A gate says the sentence; what came before the gates has none.
+        Some(reason) if judged.gates.is_empty() => println!("{file}: rejected, {reason}"),
         Some(reason) => println!("{file}{model}: rejected, {}\n", reason.code),
     }
     for gate in &judged.gates {

@@ -149,55 +149,66 @@ fn below_floor(folder: &Folder, rules: &Calibration, candidate: &Marks) -> Optio
     None
 }
 
-/// What was missed weighs most, then what was wrongly found, then the ranking; of several classes
-/// the one that fell furthest is named.
+/// Of all that is worse than before, the worst: objects missed before false alarms before AP50.
 fn below_active(
     folder: &Folder,
     rules: &Calibration,
     candidate: &Marks,
     active: &Marks,
 ) -> Option<Reason> {
-    let shared = |n: usize| candidate.known[n] && active.known[n];
     let margin = rules.margin;
-    let classes = || folder.names.iter().enumerate().filter(|(n, _)| shared(*n));
-    let pairs = || classes().map(|(n, name)| (name, &candidate.tallies[n], &active.tallies[n]));
-    let fallen = |of: fn(&Tally) -> Option<f64>, enough: &dyn Fn(&Tally, &Tally) -> bool| {
-        pairs()
-            .filter_map(|(name, new, old)| Some((name, new, old, of(new)?, of(old)?)))
-            .filter(|(_, new, old, now, before)| *now < before - margin && enough(new, old))
-            .min_by(|a, b| (a.3 - a.4).total_cmp(&(b.3 - b.4)))
-    };
-    let missed = |new: &Tally, old: &Tally| old.right >= new.right + DIFFERENCE_MIN;
-    if let Some((name, new, old, recall, before)) = fallen(Tally::recall, &missed) {
-        let text = format!(
-            "finds {} of {} {name:?}, the active model {}: recall {recall:.3} after {before:.3}, \
-             {margin} less is allowed{}",
-            new.right,
-            new.objects,
-            old.right,
-            worst(new)
-        );
-        return Some(Reason::new("recall_below_active", text));
-    }
+    let shared = |n: usize| candidate.known[n] && active.known[n];
+    let classes: Vec<_> = (0..folder.names.len())
+        .filter(|n| shared(*n))
+        .map(|n| (&folder.names[n], &candidate.tallies[n], &active.tallies[n]))
+        .collect();
     let wrong = |tally: &Tally| tally.found - tally.right;
-    let more_wrong = |new: &Tally, old: &Tally| wrong(new) >= wrong(old) + DIFFERENCE_MIN;
-    if let Some((name, new, old, precision, before)) = fallen(Tally::precision, &more_wrong) {
-        let text = format!(
-            "{} of its {} findings of {name:?} are wrong, of the active model's {} {}: precision \
-             {precision:.3} after {before:.3}, {margin} less is allowed",
-            wrong(new),
-            new.found,
-            old.found,
-            wrong(old)
-        );
-        return Some(Reason::new("precision_below_active", text));
-    }
-    let enough = |new: &Tally, _: &Tally| new.objects >= AP50_OBJECTS_MIN;
-    if let Some((name, _, _, ap50, before)) = fallen(Tally::ap50, &enough) {
-        return Some(ap50_below(&format!("of {name:?}"), ap50, before, margin));
-    }
-    let (ap50, before) = (mean_ap50(candidate, shared)?, mean_ap50(active, shared)?);
-    (ap50 < before - margin).then(|| ap50_below("over all classes", ap50, before, margin))
+    let recall = classes.iter().filter_map(|(name, new, old)| {
+        let (recall, before) = (new.recall()?, old.recall()?);
+        let less = recall < before - margin && old.right >= new.right + DIFFERENCE_MIN;
+        let message = || {
+            format!(
+                "finds {} of {} {name:?}, the active model {}: recall {recall:.3} after \
+                 {before:.3}, {margin} less is allowed{}",
+                new.right,
+                new.objects,
+                old.right,
+                worst(new)
+            )
+        };
+        less.then(|| (before - recall, Reason::new("recall_below_active", message())))
+    });
+    let precision = classes.iter().filter_map(|(name, new, old)| {
+        let (precision, before) = (new.precision()?, old.precision()?);
+        let less = precision < before - margin && wrong(new) >= wrong(old) + DIFFERENCE_MIN;
+        let message = || {
+            format!(
+                "{} of its {} findings of {name:?} are wrong, of the active model's {} {}: \
+                 precision {precision:.3} after {before:.3}, {margin} less is allowed",
+                wrong(new),
+                new.found,
+                old.found,
+                wrong(old)
+            )
+        };
+        less.then(|| (before - precision, Reason::new("precision_below_active", message())))
+    });
+    let ap50 = classes.iter().filter_map(|(name, new, old)| {
+        let (ap50, before) = (new.ap50()?, old.ap50()?);
+        let less = ap50 < before - margin && new.objects >= AP50_OBJECTS_MIN;
+        less.then(|| (before - ap50, ap50_below(&format!("of {name:?}"), ap50, before, margin)))
+    });
+    let overall = || {
+        let (ap50, before) = (mean_ap50(candidate, shared)?, mean_ap50(active, shared)?);
+        (ap50 < before - margin).then(|| ap50_below("over all classes", ap50, before, margin))
+    };
+    let most = |of: &mut dyn Iterator<Item = (f64, Reason)>| {
+        of.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, reason)| reason)
+    };
+    most(&mut { recall })
+        .or_else(|| most(&mut { precision }))
+        .or_else(|| most(&mut { ap50 }))
+        .or_else(overall)
 }
 
 fn ap50_below(what: &str, ap50: f64, before: f64, margin: f64) -> Reason {

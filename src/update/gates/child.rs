@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ use super::content;
 use super::examine;
 use super::folder::Folder;
 use super::frame::FrameDump;
-use super::latency::{self, PAIRS, Times, WARM_UP};
+use super::latency::{self, Run, Times, WARM_UP};
 use super::request::{Request, Subject};
 use super::score::{self, Finding, Tally};
 use super::wire::{Fault, Line, Report, Step, Ticket, Who, Work};
@@ -223,8 +223,10 @@ impl<'a> Proof<'a> {
         let layout = bench.model.contract().layout;
         let looked = looked.and_then(|()| watch.end(layout, !real.is_empty()));
         self.phase("examine", began);
+        let online = confinement["offline"] != true;
         let numbers = json!({
             "provider": bench.model.provider(),
+            "all_nodes_there": bench.model.whole(),
             "threads": self.request.engine.threads,
             "runtime": runtime.version(),
             "frames": watch.frames,
@@ -236,10 +238,13 @@ impl<'a> Proof<'a> {
         if let Err(reason) = looked {
             return Err(refuse(self, (Fault::Model, reason), numbers));
         }
-        let message = format!(
+        let mut message = format!(
             "loaded in {:.0} ms, {} frames of black, white, noise and life survived",
             self.phases_ms["load"], watch.frames
         );
+        if online {
+            message += "; this machine did not let its network be cut off";
+        }
         self.push(gate("proving", Verdict::Passed, message, numbers));
         Ok(bench)
     }
@@ -414,6 +419,20 @@ impl<'a> Proof<'a> {
         self.ask = ask;
     }
 
+    /// One frame's CPU and wall time.
+    fn run_timed(&mut self, bench: &mut Bench, frame: &FrameDump) -> Result<Run, Halt> {
+        self.step(Work::Latency, bench.who);
+        let (cpu, wall) = (process_cpu(), Instant::now());
+        let ran = bench.detect(frame, self.thresholds());
+        let wall = wall.elapsed();
+        std::thread::sleep(SETTLE);
+        let cpu = process_cpu().saturating_sub(cpu);
+        ran.map(|()| Run { cpu, wall }).map_err(|reason| {
+            self.push(failed("latency", &reason, json!({})));
+            (if bench.who == Who::Candidate { Fault::Model } else { Fault::Machine }, reason)
+        })
+    }
+
     /// Gate `latency`.
     fn time(
         &mut self,
@@ -429,35 +448,31 @@ impl<'a> Proof<'a> {
         let began = Instant::now();
         let grey = FrameDump::rgb("grey", 1280, 720, vec![114; 3 * 1280 * 720]);
         let frame = real.unwrap_or(&grey);
+        let rules = &self.request.latency;
         let (mut mine, mut theirs) = (Times::default(), Times::default());
-        for pair in 0..WARM_UP + PAIRS {
-            let mut turns = [(&mut candidate, &mut mine), (&mut active, &mut theirs)];
-            // Who comes first finds colder caches.
-            if pair % 2 == 1 {
-                turns.reverse();
+        for _ in 0..WARM_UP {
+            for bench in [&mut candidate, &mut active] {
+                self.run_timed(bench, frame)?;
             }
-            for (bench, times) in turns {
-                self.step(Work::Latency, bench.who);
-                let (cpu, wall) = (process_cpu(), Instant::now());
-                let ran = bench.detect(frame, self.thresholds());
-                let (cpu, wall) = (process_cpu() - cpu, wall.elapsed());
-                if let Err(reason) = ran {
-                    self.push(failed("latency", &reason, json!({})));
-                    return Err((Fault::Model, reason));
-                }
-                if pair >= WARM_UP {
-                    times.cpu_ms.push(cpu.as_secs_f64() * 1e3);
-                    times.wall_ms.push(wall.as_secs_f64() * 1e3);
-                }
-            }
+        }
+        while latency::wants_more(rules, &mine, &theirs) {
+            // There and back: whoever comes first finds colder caches, and a run that follows one of
+            // its own model differs from one that does not.
+            let first = self.run_timed(&mut candidate, frame)?;
+            theirs.add(self.run_timed(&mut active, frame)?, self.run_timed(&mut active, frame)?);
+            mine.add(first, self.run_timed(&mut candidate, frame)?);
         }
         self.phase("latency", began);
         let engine = &self.request.engine;
         let allowed = crate::affinity::allowed().len().max(1);
         let cores = engine.cores.as_ref().map_or(allowed, Vec::len).min(engine.threads).max(1);
-        self.judged(latency::judge(&self.request.latency, cores, mine, theirs))
+        self.judged(latency::judge(rules, cores, mine, theirs))
     }
 }
+
+/// Before the clock is read: threads of the pool that are just falling asleep would be counted for
+/// the next run.
+const SETTLE: Duration = Duration::from_millis(1);
 
 impl Bench {
     /// Runs a frame; what was found is in `found`.

@@ -3,6 +3,8 @@
 //! A time measured at another moment, or by the clock on the wall of a busy box, says nothing; the
 //! ratio of two models that take turns does.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::super::job::{Gate, Reason, Verdict};
@@ -11,19 +13,49 @@ use super::shift::median;
 use super::{failed, gate};
 use crate::records::rounded;
 
-/// Pairs of runs that are measured.
-pub(super) const PAIRS: usize = 40;
+/// Quartets (one model, twice the other, the one again) that are measured in a round: 40 pairs.
+const QUARTETS: usize = 20;
+/// Rounds at most: on a busy box the ratio of 40 pairs is off by a quarter now and then, so as long
+/// as it is within that of the limit, more are measured.
+const ROUNDS_MAX: usize = 4;
+const CLOSE: f64 = 1.3;
 /// Pairs before them.
 pub(super) const WARM_UP: usize = 3;
 
-/// Times of one model, a frame each, in milliseconds.
+/// One frame.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Run {
+    /// Of all threads.
+    pub(super) cpu: Duration,
+    pub(super) wall: Duration,
+}
+
+/// Times of one model, in milliseconds a frame: the mean of both runs of a quartet each.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Times {
-    pub(super) cpu_ms: Vec<f64>,
-    pub(super) wall_ms: Vec<f64>,
+    cpu_ms: Vec<f64>,
+    wall_ms: Vec<f64>,
+}
+
+/// Whether to measure on after these pairs.
+pub(super) fn wants_more(rules: &Latency, candidate: &Times, active: &Times) -> bool {
+    let quartets = candidate.cpu_ms.len();
+    if !quartets.is_multiple_of(QUARTETS) || quartets == 0 {
+        return true;
+    }
+    let (cpu, active) = (candidate.clone().medians().0, active.clone().medians().0);
+    let off = cpu / active.max(1e-6) / rules.ratio_max;
+    quartets < QUARTETS * ROUNDS_MAX && (1.0 / CLOSE..CLOSE).contains(&off)
 }
 
 impl Times {
+    /// Adds a quartet.
+    pub(super) fn add(&mut self, first: Run, second: Run) {
+        let mean = |a: Duration, b: Duration| (a + b).as_secs_f64() * 1e3 / 2.0;
+        self.cpu_ms.push(mean(first.cpu, second.cpu));
+        self.wall_ms.push(mean(first.wall, second.wall));
+    }
+
     fn medians(self) -> (f64, f64) {
         (median(self.cpu_ms).unwrap_or(0.0), median(self.wall_ms).unwrap_or(0.0))
     }
@@ -36,7 +68,7 @@ pub(super) fn judge(
     candidate: Times,
     active: Times,
 ) -> (Gate, Option<Reason>) {
-    let pairs = candidate.cpu_ms.len();
+    let pairs = 2 * candidate.cpu_ms.len();
     let (cpu, wall) = candidate.medians();
     let (active_cpu, active_wall) = active.medians();
     let ratio = cpu / active_cpu.max(1e-6);

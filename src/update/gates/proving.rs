@@ -186,6 +186,8 @@ fn watch(
     let kept = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let killed_before = field("/proc/vmstat", "oom_kill ");
     let mut child = Command::new(&limits.program)
+        // In the list of processes, instead of the link's name.
+        .arg0("noblink")
         .arg("prove")
         .env_clear()
         .envs(kept)
