@@ -54,7 +54,9 @@ fn introduce(demo: &Demo, port: u16) {
          What follows is made of the records that arrive over MQTT. See them in another terminal:\n\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/cameras/+/detections'\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/status' -C 1\n\n\
-         Next: `target/release/noblink probe rtsp://…` looks at a camera of yours. Ctrl-C ends this.\n"
+         Next, look at one of these cameras, then at one of yours. Ctrl-C ends this.\n\n    \
+         target/release/noblink probe {}\n",
+        demo.camera_url
     );
 }
 

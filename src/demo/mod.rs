@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::rtsp::{self, RtspServer};
 use crate::{app::App, assets};
 
-/// The demo's cameras: id, clip, what it is.
+/// The demo's cameras: id and clip.
 const CAMERAS: [(&str, &str); 2] = [("line-a", "line-a.mp4"), ("line-b", "line-b.mp4")];
 
 /// The port that MQTT clients try by themselves.
@@ -21,6 +21,8 @@ const MQTT_PORT: u16 = 1883;
 pub struct Demo {
     /// The service.
     pub app: App,
+    /// Address of one of the cameras, for those who want to look at it themselves.
+    pub camera_url: String,
     _cameras: RtspServer,
 }
 
@@ -51,7 +53,7 @@ pub fn start() -> anyhow::Result<Demo> {
     let config = Config::parse(&config_text(&urls, free_port()?, &model), Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
-    Ok(Demo { app, _cameras: server })
+    Ok(Demo { app, camera_url: server.url(&format!("/{}", CAMERAS[0].0)), _cameras: server })
 }
 
 fn find(relative: &str) -> anyhow::Result<PathBuf> {
