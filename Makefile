@@ -30,6 +30,6 @@ setup:
 setup-tests:
 	@scripts/setup --tests
 
-# Ten minutes; SOAK_SECONDS=60 for a look.
+# Twelve minutes; SOAK_SECONDS=60 for a look.
 soak: setup-tests
-	$(CARGO) test --locked --test soak -- --nocapture
+	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1

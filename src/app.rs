@@ -21,7 +21,6 @@ use crate::model::runtime::Runtime;
 use crate::model::slot::Slot;
 use crate::mqtt::board::Board;
 use crate::mqtt::outbox::{Bounds, Outbox};
-use crate::mqtt::status::LinkState;
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
 use crate::queue::{self, Intake, LaneSettings};
@@ -68,7 +67,6 @@ pub struct App {
 struct Said {
     status: Option<Status>,
     cameras: Vec<Option<CameraStatus>>,
-    link: Option<(LinkState, Option<String>)>,
 }
 
 impl App {
@@ -219,7 +217,6 @@ impl App {
         let snapshot = self.snapshot();
         self.publish_status(&snapshot);
         self.publish_cameras(&snapshot);
-        self.log_link(&snapshot);
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
         }
@@ -310,6 +307,11 @@ impl App {
             let reason = camera.status.reason.as_deref();
             let source = &self.config.cameras[i].source;
             match (camera.status.state, reason) {
+                // Only its clock is new, with the first sender report.
+                (State::Streaming, _)
+                    if said.as_ref().is_some_and(|s| {
+                        s.state == State::Streaming && s.connects == camera.status.connects
+                    }) => {}
                 (State::Streaming, _) => {
                     let stream = camera.status.stream.as_ref().map(ToString::to_string);
                     info!("camera {}: streaming, {}", camera.id, stream.unwrap_or_default());
@@ -334,25 +336,6 @@ impl App {
             self.board.set(&self.topics.camera_status(&camera.id), to_json(&record));
             *said = Some(camera.status.clone());
         }
-    }
-
-    fn log_link(&mut self, snapshot: &Snapshot) {
-        let link = &snapshot.link;
-        // Connecting and backing off take turns: told once, until it ends or the reason changes.
-        let news = match link.state {
-            LinkState::Connecting => return,
-            LinkState::Backoff => (link.state, link.last_error.clone()),
-            LinkState::Connected | LinkState::Stopped => (link.state, None),
-        };
-        if self.said.link.as_ref() == Some(&news) {
-            return;
-        }
-        match &news {
-            (_, Some(why)) => warn!("broker {}: {why}", link.broker),
-            (LinkState::Connected, _) => info!("broker {}: connected", link.broker),
-            _ => {}
-        }
-        self.said.link = Some(news);
     }
 
     fn publish_telemetry(&mut self, snapshot: &Snapshot) {

@@ -8,6 +8,7 @@ use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
 use crate::harness::mosquitto::{Message, Mosquitto, Subscriber};
+use crate::harness::overload::{ONE_FAST_FIVE_SLOW, Run};
 use crate::harness::service::{Service, config, plates, shipped};
 use crate::harness::{free_port, until};
 
@@ -239,6 +240,12 @@ fn it_starts_with_every_camera_down_and_takes_them_as_they_come() {
     server.mount_clip("/line-b", &shipped("models/clips/line-b.mp4"), true).unwrap();
     until("records of the late camera", 40, || records(&subscriber, "late").len() >= 5);
     assert_eq!(service.stop().code(), Some(0), "{}", service.log());
+}
+
+/// The short form of `make soak`.
+#[test]
+fn a_camera_of_60_fps_leaves_five_of_5_fps_their_fair_share() {
+    Run::of(&ONE_FAST_FIVE_SLOW, 21).assert_fair();
 }
 
 #[test]

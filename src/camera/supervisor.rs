@@ -146,7 +146,7 @@ impl Supervisor {
         while !self.stopping() {
             if !self.enabled() {
                 self.shared.enter(State::Disabled, None, None);
-                tracing::info!(camera = self.camera.id, "disabled");
+                tracing::debug!(camera = self.camera.id, "disabled");
                 self.rest_while(|| !self.enabled());
                 continue;
             }
@@ -156,7 +156,7 @@ impl Supervisor {
                 End::Over => {
                     failures = 0;
                     self.shared.enter(State::Ended, None, None);
-                    tracing::info!(camera = self.camera.id, "played to its end");
+                    tracing::debug!(camera = self.camera.id, "played to its end");
                     self.rest_while(|| self.enabled());
                 }
                 End::Failed { reason, healthy } => {
@@ -288,7 +288,7 @@ impl Supervisor {
                     if !looping {
                         self.shared.note(|s| s.connects += 1);
                         let stream = self.shared.status().stream;
-                        tracing::info!(camera = self.camera.id, ?stream, "streaming");
+                        tracing::debug!(camera = self.camera.id, ?stream, "streaming");
                     }
                 }
                 Some(Event::Ended) if watch.frames() == 0 => return Seen::Failed(Reason::NoVideo),
@@ -338,7 +338,7 @@ impl Supervisor {
         let wait = back_off(failures, getrandom::u32().unwrap_or_default());
         let until = Instant::now() + wait;
         let reason = reason.to_string();
-        tracing::warn!(camera = self.camera.id, reason, retry_in_s = wait.as_secs_f32(), "down");
+        tracing::debug!(camera = self.camera.id, reason, retry_in_s = wait.as_secs_f32(), "down");
         self.shared.note(|s| s.attempt = failures);
         self.shared.enter(State::Backoff, Some(reason), Some(until));
         self.rest_while(|| self.enabled() && Instant::now() < until);

@@ -28,12 +28,13 @@ pub(super) fn run(args: Args) -> Outcome {
     let config = Config::load(&args.config).map_err(anyhow::Error::from)?;
     let templates = assets::templates(args.config.parent());
     let mut sound = Findings::default();
-    for camera in &config.cameras {
-        let what = format!("camera {}", camera.id);
-        sound.note(&what, templates.find(&camera.pipeline).map(|_| camera.source.to_string()));
-    }
     if args.live {
         live(&config, &templates, &mut sound)?;
+    } else {
+        for camera in &config.cameras {
+            let what = format!("camera {}", camera.id);
+            sound.note(&what, templates.find(&camera.pipeline).map(|_| camera.source.to_string()));
+        }
     }
     if sound.problems > 0 {
         eprintln!("{} is well-formed, with {} problem(s)", args.config.display(), sound.problems);

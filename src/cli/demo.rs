@@ -62,8 +62,10 @@ fn introduce(demo: &Demo, port: u16) {
          What follows is made of the records that arrive over MQTT. See them in another terminal:\n\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/cameras/+/detections'\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/status' -C 1\n\n\
-         In 8 s a better model is published while they run. Next: `target/release/noblink probe \
-         rtsp://…`\nlooks at a camera of yours. Ctrl-C ends this.\n"
+         In 8 s a better model is published while they run, then a bad one. Meanwhile, or later, look\n\
+         at one of these cameras, then at one of yours. Ctrl-C ends this.\n\n    \
+         target/release/noblink probe {}\n",
+        demo.camera_url
     );
 }
 

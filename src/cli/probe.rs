@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow};
 
 use super::{Failure, Outcome, print_json};
 use crate::assets;
+use crate::camera::Reason;
 use crate::camera::probe::{self, ProbeReport};
 use crate::camera::source::{Source, mask};
 
@@ -40,6 +41,9 @@ pub(super) fn run(args: Args) -> Outcome {
                 &serde_json::json!({ "source": source.to_string(), "error": e.to_string() }),
             )?;
             return Err(Failure::Said);
+        }
+        Err(e @ Reason::Tls(_)) => {
+            return Err(anyhow!("{source}: {e} (here: --pipeline rtsp-selfsigned)").into());
         }
         Err(e) => return Err(anyhow!("{source}: {e}").into()),
     };

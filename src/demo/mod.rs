@@ -16,7 +16,7 @@ use crate::update::job::Install;
 use crate::update::push::{self, Offer};
 use crate::{app::App, assets};
 
-/// The demo's cameras: id, clip, what it is.
+/// The demo's cameras: id and clip.
 const CAMERAS: [(&str, &str); 2] = [("line-a", "line-a.mp4"), ("line-b", "line-b.mp4")];
 
 /// The port that MQTT clients try by themselves.
@@ -42,6 +42,8 @@ const UPDATES: [(Duration, &str, &str); 2] = [
 pub struct Demo {
     /// The service.
     pub app: App,
+    /// Address of one of the cameras, for those who want to look at it themselves.
+    pub camera_url: String,
     _cameras: RtspServer,
     /// Models that are still to be published.
     updates: std::vec::IntoIter<(Duration, PathBuf, &'static str)>,
@@ -116,7 +118,9 @@ pub fn start() -> anyhow::Result<Demo> {
     let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
-    Ok(Demo { app, _cameras: server, updates: updates.into_iter(), state })
+    let camera_url = server.url(&format!("/{}", CAMERAS[0].0));
+    let updates = updates.into_iter();
+    Ok(Demo { app, camera_url, _cameras: server, updates, state })
 }
 
 fn find(relative: &str) -> anyhow::Result<PathBuf> {

@@ -152,8 +152,8 @@ impl Link {
                 s.attempt = backoff.attempts();
                 s.last_error = Some(failure.text.clone());
             });
-            // The same failure again is no news.
-            if failure.text == last_text {
+            // The same failure again is no news, unless it worked in between.
+            if failure.text == last_text && up_for.is_zero() {
                 debug!(attempt = backoff.attempts(), "mqtt: {}", failure.text);
             } else {
                 warn!("mqtt: {}; trying again in {:.0} s", failure.text, pause.as_secs_f64());

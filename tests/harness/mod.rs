@@ -4,6 +4,7 @@ pub mod camera;
 pub mod link;
 pub mod mosquitto;
 pub mod onnx;
+pub mod overload;
 pub mod peer;
 pub mod pki;
 pub mod service;
