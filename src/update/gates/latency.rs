@@ -43,9 +43,15 @@ pub(super) fn wants_more(rules: &Latency, candidate: &Times, active: &Times) -> 
     if !quartets.is_multiple_of(QUARTETS) || quartets == 0 {
         return true;
     }
-    let (cpu, active) = (candidate.clone().medians().0, active.clone().medians().0);
-    let off = cpu / active.max(1e-6) / rules.ratio_max;
+    let off = ratio(candidate, active) / rules.ratio_max;
     quartets < QUARTETS * ROUNDS_MAX && (1.0 / CLOSE..CLOSE).contains(&off)
+}
+
+/// The median of the quartets' own ratios. Not the ratio of the medians: when the box grows busy half
+/// way, one model's median is from before and the other's from after.
+fn ratio(candidate: &Times, active: &Times) -> f64 {
+    let quartets = candidate.cpu_ms.iter().zip(&active.cpu_ms);
+    median(quartets.map(|(new, old)| new / old.max(1e-6)).collect()).unwrap_or(0.0)
 }
 
 impl Times {
@@ -69,9 +75,9 @@ pub(super) fn judge(
     active: Times,
 ) -> (Gate, Option<Reason>) {
     let pairs = 2 * candidate.cpu_ms.len();
+    let ratio = ratio(&candidate, &active);
     let (cpu, wall) = candidate.medians();
     let (active_cpu, active_wall) = active.medians();
-    let ratio = cpu / active_cpu.max(1e-6);
     // As if the cores had nothing else to do, and so at most.
     let per_camera =
         |cpu_ms: f64| 1000.0 * cores as f64 / cpu_ms.max(1e-6) / rules.cameras.max(1) as f64;
@@ -120,4 +126,34 @@ fn refusal(rules: &Latency, ratio: f64, times: &str, per_camera: f64) -> String 
          {per_camera:.1} frames/s at most would be left for {cameras}. To allow it: \
          --accept-slower {accept} for this model, latency_ratio_max or latency_budget_ms in [models]"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_box_that_grows_busy_half_way_does_not_change_the_ratio() {
+        let (mut candidate, mut active) = (Times::default(), Times::default());
+        let run = |ms: f64| {
+            let time = Duration::from_secs_f64(ms / 1e3);
+            Run { cpu: time, wall: time }
+        };
+        // 10 quartets idle, 9 busy, one in between that hits the candidate only.
+        for n in 0..20 {
+            let (new, old) = match n {
+                0..=9 => (1.1, 1.0),
+                10 => (2.0, 1.0),
+                _ => (2.2, 2.0),
+            };
+            candidate.add(run(new), run(new));
+            active.add(run(old), run(old));
+        }
+        let rules = Latency { ratio_max: 1.5, budget_ms: None, accept_slower: None, cameras: 1 };
+        assert!(candidate.clone().medians().0 / active.clone().medians().0 > 1.5, "as it was");
+        assert!(!wants_more(&rules, &candidate, &active));
+        let (gate, refused) = judge(&rules, 2, candidate, active);
+        assert_eq!((gate.verdict, refused), (Verdict::Passed, None), "{gate:?}");
+        assert_eq!(gate.numbers["ratio"], 1.1);
+    }
 }
