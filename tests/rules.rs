@@ -75,6 +75,13 @@ fn a_file_fits_into_a_head() {
     }
 }
 
+#[test]
+fn the_readme_shows_real_output() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let left = |line: &&str| line.starts_with('@') && line.ends_with('@');
+    assert_eq!(readme.lines().find(left), None, "is to be filled with what the program prints");
+}
+
 /// The README shows the commands that do all the set-up, and every command that there is.
 #[test]
 fn the_readme_names_every_command() {

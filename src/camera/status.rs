@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::frame::Clock;
 use super::pipeline::{Seen, Watch};
 use super::source::Source;
+use crate::records::rounded;
 
 /// Where the supervisor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -152,15 +153,11 @@ pub(super) fn declared_fps(info: &gst_video::VideoInfo) -> Option<f64> {
     let fps = info.fps();
     let declared = f64::from(fps.numer()) / f64::from(fps.denom().max(1));
     // Nobody means the 90 kHz that some cameras write into the VUI.
-    (declared > 0.0 && declared <= 240.0).then(|| round(declared))
+    (declared > 0.0 && declared <= 240.0).then(|| rounded(declared, 2))
 }
 
 /// Frames a second from a count, the first of them at the start of the time.
 pub(super) fn rate(frames: u64, over: Duration) -> Option<f64> {
     let enough = frames > 1 && !over.is_zero();
-    enough.then(|| round((frames - 1) as f64 / over.as_secs_f64()))
-}
-
-fn round(fps: f64) -> f64 {
-    (fps * 100.0).round() / 100.0
+    enough.then(|| rounded((frames - 1) as f64 / over.as_secs_f64(), 2))
 }

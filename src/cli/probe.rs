@@ -85,7 +85,10 @@ fn facts(report: &ProbeReport) -> Vec<(&'static str, String)> {
         ("first frame", format!("after {} ms", report.first_frame_ms)),
         (
             "frames",
-            format!("{}, {} of them corrupt", report.frames + report.corrupt, report.corrupt),
+            match report.corrupt {
+                0 => report.frames.to_string(),
+                n => format!("{}, and {n} damaged or before the first key frame", report.frames),
+            },
         ),
     ];
     if let Some(transport) = report.transport {

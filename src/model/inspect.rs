@@ -63,15 +63,12 @@ impl fmt::Display for Inspection {
         };
         let Detector { identity, size_bytes, contract } = &**detector;
         let input = &contract.input;
+        let dtype = format!("{:?}", input.dtype).to_lowercase();
         writeln!(f, "{}: noblink can run it", self.file)?;
         writeln!(f, "  model   {} version {}", identity.id, identity.version)?;
         writeln!(f, "  sha256  {}", identity.sha256)?;
         writeln!(f, "  size    {:.2} MB", *size_bytes as f64 / 1e6)?;
-        writeln!(
-            f,
-            "  input   {} {}x{}, {:?}",
-            input.name, input.width, input.height, input.dtype
-        )?;
+        writeln!(f, "  input   {} {}x{}, {dtype}", input.name, input.width, input.height)?;
         writeln!(f, "  layout  {}", contract.layout.name())?;
         write!(f, "  labels  {}: {}", contract.labels.len(), contract.labels.join(", "))
     }
