@@ -130,8 +130,8 @@ fn bench_pipeline_measures_every_stage() {
 }
 
 #[test]
-fn the_demo_ends_by_itself_with_an_exact_ledger() {
-    let output = noblink_output(&["demo", "--seconds", "8"]);
+fn the_demo_tells_the_story_of_an_update_and_ends_with_an_exact_ledger() {
+    let output = noblink_output(&["demo", "--seconds", "40"]);
     let said = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}{}", text(&output.stderr));
     for part in ["mosquitto_sub -h 127.0.0.1", "line-a", "line-b", "plate", "The ledger is exact."]

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::harness::mosquitto::{Message, Mosquitto, Subscriber};
 use crate::harness::overload::{ONE_FAST_FIVE_SLOW, Run};
+use crate::harness::schema::{assert_valid, validator};
 use crate::harness::service::{Service, config, plates, shipped};
 use crate::harness::{free_port, until};
 
@@ -26,36 +27,6 @@ fn cameras() -> (RtspServer, [String; 2]) {
 
 fn broker_of(broker: &Mosquitto) -> String {
     format!("url = \"mqtt://127.0.0.1:{}\"", broker.port)
-}
-
-/// A published schema, made strict: it lets consumers meet new fields, but we must not have
-/// fields that it does not describe.
-fn validator(name: &str) -> jsonschema::Validator {
-    let text = std::fs::read_to_string(shipped(&format!("schemas/{name}.json"))).unwrap();
-    let mut schema: Value = serde_json::from_str(&text).unwrap();
-    close(&mut schema);
-    jsonschema::validator_for(&schema).unwrap()
-}
-
-fn close(schema: &mut Value) {
-    match schema {
-        Value::Object(fields) => {
-            fields.values_mut().for_each(close);
-            if fields.contains_key("properties") && !fields.contains_key("additionalProperties") {
-                fields.insert("additionalProperties".into(), false.into());
-            }
-        }
-        Value::Array(items) => items.iter_mut().for_each(close),
-        _ => {}
-    }
-}
-
-fn assert_valid(validator: &jsonschema::Validator, message: &Message) -> Value {
-    let record: Value = serde_json::from_str(&message.payload).unwrap();
-    let problems: Vec<_> =
-        validator.iter_errors(&record).map(|e| format!("{}: {e}", e.instance_path())).collect();
-    assert!(problems.is_empty(), "{}: {problems:?}\n{}", message.topic, message.payload);
-    record
 }
 
 fn on<'a>(messages: &'a [Message], end: &'a str) -> impl Iterator<Item = &'a Message> {
@@ -190,7 +161,7 @@ fn without_a_model_it_runs_and_says_what_to_do() {
     let subscriber = Subscriber::new("5", broker.port, "noblink/v1/test/#");
     let cameras = [("gate", "test://?fps=10", "")];
     let mut service = Service::start(&config(&broker_of(&broker), &cameras, ""));
-    service.says("no model yet: set models.factory", 20);
+    service.says("no model yet: put an ONNX file into", 20);
     let mut status = None;
     until("the camera streams", 20, || {
         let messages = subscriber.messages();
@@ -200,7 +171,7 @@ fn without_a_model_it_runs_and_says_what_to_do() {
     });
     let status = status.unwrap();
     assert!(status["model"].is_null());
-    assert!(status["advice"].as_str().unwrap().contains("models.factory"), "{status}");
+    assert!(status["advice"].as_str().unwrap().contains("noblink model push"), "{status}");
     assert_eq!(service.stop().code(), Some(0));
     let messages = subscriber.messages();
     let telemetry: Value =

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::harness::mosquitto::{Mosquitto, Subscriber, publish};
 use crate::harness::onnx::{Detector, Fault, Output};
+use crate::harness::schema::{assert_valid, validator};
 use crate::harness::service::{Service, config, noblink_output, shipped};
 use crate::harness::until;
 
@@ -99,6 +100,22 @@ impl Line {
         (output.status.code(), said + &String::from_utf8_lossy(&output.stderr))
     }
 
+    /// Everything that was said of models is as the schemas describe it.
+    fn assert_described(&self) {
+        for (part, schema) in [
+            ("/models/state", "models"),
+            ("/models/jobs/", "job"),
+            ("/models/swaps", "swap"),
+            ("/reply/", "reply"),
+        ] {
+            let schema = validator(schema);
+            let messages = self.subscriber.messages();
+            messages.iter().filter(|m| m.topic.contains(part)).for_each(|m| {
+                assert_valid(&schema, m);
+            });
+        }
+    }
+
     /// Every frame exactly once, epochs never going back.
     fn assert_nothing_lost(&self) {
         let records = self.messages("/detections");
@@ -174,6 +191,7 @@ fn a_model_from_the_inbox_goes_live_between_two_frames_and_back() {
     }));
     assert_eq!(line.service.stop().code(), Some(0));
     line.assert_nothing_lost();
+    line.assert_described();
 }
 
 #[test]
@@ -280,6 +298,41 @@ fn a_run_that_hangs_is_ended_and_the_cameras_are_served_again() {
     assert!(lost <= 25, "{lost} frames of 10 a second were dropped");
 }
 
+/// Once a key is configured, a bare file is refused by every way, and a signed one goes in.
+#[test]
+fn with_a_key_only_signed_models_come_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let output = noblink_output(&["model", "keygen", &path("line.key")]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let keys = said.lines().find(|l| l.starts_with("public_keys")).unwrap();
+    let line = Line::start(&format!("probation_s = 0\n{keys}"));
+
+    std::fs::write(path("plates-v2.onnx"), plates(2)).unwrap();
+    let (code, said) = line.cli(&["model", "push", &path("plates-v2.onnx")]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("(unsigned)"), "{said}");
+
+    let sign = |sequence: &str| {
+        let (model, key) = (path("plates-v2.onnx"), path("line.key"));
+        let args = ["model", "sign", &model, "--key", &key, "--sequence", sequence];
+        let output = noblink_output(&args);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    sign("17");
+    let (code, said) = line.cli(&["model", "push", &path("plates-v2.onnx")]);
+    assert_eq!(code, Some(0), "{said}");
+    line.until_record("records by plates 2", 10, |r| r["model"]["version"] == "2");
+
+    // Somebody sends the same signed message again after a rollback: its sequence was seen.
+    assert_eq!(line.cli(&["model", "rollback"]).0, Some(0));
+    let (code, said) = line.cli(&["model", "push", &path("plates-v2.onnx")]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("(stale_sequence)"), "{said}");
+    line.assert_nothing_lost();
+}
+
 #[test]
 fn messages_that_are_wrong_are_answered_and_change_nothing() {
     let line = Line::start("");
@@ -299,4 +352,5 @@ fn messages_that_are_wrong_are_answered_and_change_nothing() {
     assert_eq!(reply("none").unwrap()["reason"]["code"], "no_previous");
     assert_eq!(reply("x1").unwrap()["reason"]["code"], "host_not_allowed");
     line.until_record("plates 1 goes on", 5, |r| r["model"]["version"] == "1");
+    line.assert_described();
 }

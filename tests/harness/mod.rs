@@ -7,6 +7,7 @@ pub mod onnx;
 pub mod overload;
 pub mod peer;
 pub mod pki;
+pub mod schema;
 pub mod service;
 pub mod wire;
 

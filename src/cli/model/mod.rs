@@ -1,6 +1,7 @@
 //! `noblink model …`
 
 mod calibrate;
+mod sign;
 mod validate;
 
 use std::path::PathBuf;
@@ -28,6 +29,10 @@ pub(super) enum Command {
     Calibrate(calibrate::Args),
     /// Send a model to a device, and follow it to its end
     Push(push::Args),
+    /// Make a key pair to sign models with
+    Keygen(sign::KeygenArgs),
+    /// Write a model's manifest and sign it
+    Sign(sign::SignArgs),
     /// Say what runs, what is in the store, how the last jobs ended
     List {
         #[command(flatten)]
@@ -87,6 +92,8 @@ pub(super) fn run(command: Command) -> Outcome {
         Command::Validate(args) => validate::run(args),
         Command::Calibrate(args) => calibrate::run(args),
         Command::Push(args) => push::run(args),
+        Command::Keygen(args) => sign::keygen(&args),
+        Command::Sign(args) => sign::sign(&args),
         Command::List { service, json } => registry::list(&service, json),
         Command::Show { what, service } => registry::show(&service, &what),
         Command::Rollback { to, service } => {
