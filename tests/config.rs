@@ -465,9 +465,14 @@ fn all_problems_are_reported_at_once() {
 
 #[test]
 fn two_cameras_with_one_id_are_refused() {
-    let text = format!("{VALID}\n[[camera]]\nid = \"gate\"\nurl = \"test://\"\n");
-    let problems = Config::parse(&text, Path::new(".")).unwrap_err();
-    assert_eq!(problems[0].to_string(), "camera[1].id = \"gate\": another camera has this id");
+    // Also when there is something else to say of one of them.
+    for url in ["test://", "ftp://x"] {
+        let text = format!("{VALID}\n[[camera]]\nid = \"gate\"\nurl = \"{url}\"\n");
+        let problems = Config::parse(&text, Path::new(".")).unwrap_err();
+        let said: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        let wanted = "camera[1].id = \"gate\": another camera has this id";
+        assert!(said.iter().any(|p| p == wanted), "{said:?}");
+    }
 }
 
 #[test]

@@ -267,9 +267,11 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     if cameras.is_empty() {
         root.problem("camera", "is missing: write one [[camera]] section per camera");
     }
-    for (i, camera) in cameras.iter().enumerate() {
-        let Some(id) = camera.as_ref().map(|c| &c.id) else { continue };
-        if cameras[..i].iter().flatten().any(|c| c.id == *id) {
+    // By the text: a camera that is refused for something else has its id all the same.
+    let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
+    let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
+    for (i, id) in ids.iter().enumerate() {
+        if let Some(id) = id.filter(|_| ids[..i].contains(id)) {
             root.problem(
                 &format!("camera[{i}].id"),
                 &format!("= \"{id}\": another camera has this id"),

@@ -211,7 +211,7 @@ pub(crate) fn produce(launch: &str) {
     pipeline.set_state(gst::State::Playing).expect("it plays");
     let bus = pipeline.bus().expect("a pipeline has a bus");
     let kinds = [gst::MessageType::Eos, gst::MessageType::Error];
-    let end = bus.timed_pop_filtered(gst::ClockTime::from_seconds(20), &kinds);
+    let end = bus.timed_pop_filtered(gst::ClockTime::from_seconds(60), &kinds);
     let _ = pipeline.set_state(gst::State::Null);
     assert!(matches!(end.as_ref().map(|m| m.type_()), Some(gst::MessageType::Eos)), "{end:?}");
 }
@@ -232,13 +232,14 @@ pub(crate) fn write_clip(file: &Path, (width, height): (u32, u32), fps: u32, fra
 
 /// An mp4 file of 40 frames, 640x360 at 20 a second.
 pub(crate) fn clip() -> PathBuf {
-    static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let dir = DIR.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("a folder");
-        write_clip(&dir.path().join("clip.mp4"), (640, 360), 20, 40);
-        dir
-    });
-    dir.path().join("clip.mp4")
+    // Not a temporary folder: a static is never dropped, and would leave one behind.
+    static CLIP: OnceLock<PathBuf> = OnceLock::new();
+    let write = || {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("clip.mp4");
+        write_clip(&file, (640, 360), 20, 40);
+        file
+    };
+    CLIP.get_or_init(write).clone()
 }
 
 pub(crate) fn file_url(path: &Path) -> String {

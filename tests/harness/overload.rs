@@ -1,13 +1,12 @@
 //! Several RTSP cameras and a model that can't keep up: what each camera gets of it.
 #![allow(dead_code)] // what only `tests/soak.rs` uses
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use gst::prelude::*;
 use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
+use super::camera::{h265, write_clip};
 use super::mosquitto::{Mosquitto, Subscriber};
 use super::onnx::{Detector, Output};
 use super::service::{Service, config};
@@ -25,7 +24,7 @@ pub struct Sender {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Codec {
-    /// A clip, encoded once: live encoders would take the cores.
+    /// Ten seconds of a moving ball, encoded once: live encoders would take the cores.
     H264,
     /// Encoded as it is sent: the server loops H.264 clips only.
     H265,
@@ -60,9 +59,14 @@ impl Run {
         let server = RtspServer::start(&rtsp::Settings::default()).unwrap();
         for sender in senders {
             let path = format!("/{}", sender.id);
+            let Sender { width, height, fps, .. } = *sender;
             match sender.codec {
-                Codec::H264 => server.mount_clip(&path, &clip(dir.path(), sender), true).unwrap(),
-                Codec::H265 => server.mount_launch(&path, &hevc(sender)).unwrap(),
+                Codec::H264 => {
+                    let file = dir.path().join(format!("{}.mp4", sender.id));
+                    write_clip(&file, (width, height), fps, fps * 10);
+                    server.mount_clip(&path, &file, true).unwrap();
+                }
+                Codec::H265 => server.mount_launch(&path, &h265(width, height, fps)).unwrap(),
             }
         }
         // Some 50 ms a run on a server's two cores: a fourth of what the cameras send.
@@ -166,41 +170,4 @@ fn assert_exact(id: &str, ledger: &Value) {
     assert_eq!(n("decoded"), n("rate_limited") + n("corrupt") + n("offered"), "{id}: {ledger}");
     let done = n("inferred") + n("failed") + dropped + n("queued") + n("in_flight");
     assert_eq!(n("offered"), done, "{id}: {ledger}");
-}
-
-fn raw(sender: &Sender) -> String {
-    let Sender { width, height, fps, .. } = sender;
-    format!("video/x-raw,format=I420,width={width},height={height},framerate={fps}/1")
-}
-
-fn hevc(sender: &Sender) -> String {
-    format!(
-        "videotestsrc is-live=true pattern=ball ! {} ! x265enc speed-preset=ultrafast \
-         tune=zerolatency key-int-max={} ! rtph265pay name=pay0",
-        raw(sender),
-        sender.fps
-    )
-}
-
-/// Ten seconds of a moving ball.
-fn clip(dir: &Path, sender: &Sender) -> PathBuf {
-    let path = dir.join(format!("{}.mp4", sender.id));
-    let launch = format!(
-        "videotestsrc pattern=ball num-buffers={} ! {} ! x264enc speed-preset=ultrafast bframes=0 \
-         key-int-max={} ! h264parse ! mp4mux ! filesink location={}",
-        sender.fps * 10,
-        raw(sender),
-        sender.fps,
-        path.display()
-    );
-    let pipeline = gst::parse::launch(&launch).expect("the encoders are installed");
-    pipeline.set_state(gst::State::Playing).unwrap();
-    let done = pipeline.bus().unwrap().timed_pop_filtered(
-        gst::ClockTime::from_seconds(120),
-        &[gst::MessageType::Eos, gst::MessageType::Error],
-    );
-    pipeline.set_state(gst::State::Null).unwrap();
-    let done = done.expect("encoding takes less than two minutes");
-    assert!(matches!(done.view(), gst::MessageView::Eos(_)), "{} can't be encoded", sender.id);
-    path
 }

@@ -13,8 +13,8 @@ use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 
 use crate::app::OUTBOX;
-use crate::camera::Camera;
 use crate::camera::source::Source;
+use crate::camera::{Camera, State};
 use crate::config::{self, Inference, Provider, Publish};
 use crate::meter::Meter;
 use crate::model::contract::Overrides;
@@ -252,11 +252,14 @@ impl Bench {
             if now >= goal {
                 return Ok(());
             }
+            let status = self.camera.status();
+            if status.state == State::Backoff {
+                bail!("{}", status.reason.unwrap_or_default());
+            }
             if now > last {
                 (last, since) = (now, Instant::now());
             } else if since.elapsed() > PATIENCE {
-                let reason = self.camera.status().reason.unwrap_or_default();
-                bail!("no frame for {} s: {reason}", PATIENCE.as_secs());
+                bail!("no frame for {} s", PATIENCE.as_secs());
             }
             std::thread::sleep(Duration::from_millis(2));
         }
