@@ -15,7 +15,7 @@ use crate::update::manifest::Manifest;
 use crate::update::signature::{self, is_encrypted};
 
 #[derive(Debug, clap::Args)]
-pub(super) struct KeygenArgs {
+pub(in crate::cli) struct KeygenArgs {
     /// Where the secret key goes; the public one beside it, as FILE.pub
     #[arg(default_value = "noblink.key")]
     file: PathBuf,
@@ -25,7 +25,7 @@ pub(super) struct KeygenArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct SignArgs {
+pub(in crate::cli) struct SignArgs {
     /// The ONNX file; best.manifest.json and best.manifest.json.minisig come beside best.onnx
     model: PathBuf,
     /// The secret key, of `noblink model keygen` or of the minisign tool
@@ -64,8 +64,7 @@ fn beside(file: &Path, end: &str) -> PathBuf {
 
 pub(super) fn keygen(args: &KeygenArgs) -> Outcome {
     let password = password(args.password_file.as_deref())?;
-    let (public, secret) =
-        signature::generate(password.as_deref()).map_err(anyhow::Error::from)?;
+    let (public, secret) = signature::generate(password.as_deref()).map_err(anyhow::Error::from)?;
     // Never over a key that is there: what it signed could not be signed again.
     let mut file = OpenOptions::new()
         .write(true)
