@@ -27,7 +27,7 @@ use crate::queue::{self, Intake, LaneSettings};
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::signals::Signals;
 use crate::snapshot::{CameraSnapshot, Snapshot, Telemeter};
-use crate::update::updater::{self, Updater};
+use crate::update::updater::{self, Desk, Updater};
 use crate::vision::nms;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
 use crate::{affinity, assets};
@@ -247,6 +247,16 @@ impl App {
     /// The broker that the link uses.
     pub fn broker(&self) -> &External {
         self.net.broker()
+    }
+
+    /// Where the update thread takes orders; `None` without ONNX Runtime.
+    pub fn desk(&self) -> Option<&Arc<Desk>> {
+        self.updater.as_ref().map(Updater::desk)
+    }
+
+    /// What the worker measures.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     /// The topics of this device.

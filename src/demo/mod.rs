@@ -38,6 +38,15 @@ const UPDATES: [(Duration, &str, &str); 2] = [
     ),
 ];
 
+/// How the demo runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// `models.probation_s`
+    pub probation_s: u64,
+    /// Publishes models by itself.
+    pub story: bool,
+}
+
 /// The running demo. Fields are dropped in this order.
 pub struct Demo {
     /// The service.
@@ -80,6 +89,7 @@ impl Demo {
 fn config_text(
     urls: &[(String, String)],
     port: u16,
+    probation_s: u64,
     state: &Path,
     model: &Path,
     calibration: &Path,
@@ -87,7 +97,7 @@ fn config_text(
     let mut text = format!(
         "[device]\nid = \"demo\"\nstate_dir = {state:?}\n\n\
          [mqtt]\nembedded = true\nembedded_port = {port}\n\n\
-         [models]\nfactory = {model:?}\nprobation_s = 5\n\n\
+         [models]\nfactory = {model:?}\nprobation_s = {probation_s}\n\n\
          [models.calibration]\ndir = {calibration:?}\n"
     );
     for (id, url) in urls {
@@ -97,7 +107,7 @@ fn config_text(
 }
 
 /// Starts cameras, broker, model and service.
-pub fn start() -> anyhow::Result<Demo> {
+pub fn start(options: &Options) -> anyhow::Result<Demo> {
     gst::init().context("GStreamer can't be initialised")?;
     let model = find("models/plates-v1.onnx")?;
     let server = RtspServer::start(&rtsp::Settings::default())
@@ -109,12 +119,12 @@ pub fn start() -> anyhow::Result<Demo> {
         urls.push((id.to_owned(), server.url(&format!("/{id}"))));
     }
     let mut updates = Vec::new();
-    for (at, file, text) in UPDATES {
+    for (at, file, text) in UPDATES.into_iter().filter(|_| options.story) {
         updates.push((at, find(&format!("models/{file}"))?, text));
     }
     let state = std::env::temp_dir().join(format!("noblink-demo-{}", std::process::id()));
     let calibration = find("models/calibration")?;
-    let text = config_text(&urls, free_port()?, &state, &model, &calibration);
+    let text = config_text(&urls, free_port()?, options.probation_s, &state, &model, &calibration);
     let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;

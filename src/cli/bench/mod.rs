@@ -1,6 +1,11 @@
 //! `noblink bench …`: measures the real path on a recorded input.
 
 mod pipeline;
+mod swap;
+
+use std::fmt;
+
+use serde::Serialize;
 
 use super::{Outcome, print_json};
 
@@ -8,18 +13,21 @@ use super::{Outcome, print_json};
 pub(super) enum Command {
     /// Time each stage of the path, from the decoder to the record
     Pipeline(pipeline::Args),
+    /// Replace the model over and over, and see what that does to the results
+    Swap(swap::Args),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
     match command {
-        Command::Pipeline(args) => {
-            let json = args.json;
-            let report = pipeline::run(args)?;
-            if json {
-                return print_json(&report);
-            }
-            println!("{report}");
-            Ok(())
-        }
+        Command::Pipeline(args) => show(args.json, &pipeline::run(args)?),
+        Command::Swap(args) => show(args.json, &swap::run(&args)?),
     }
+}
+
+fn show<R: fmt::Display + Serialize>(json: bool, report: &R) -> Outcome {
+    if json {
+        return print_json(report);
+    }
+    println!("{report}");
+    Ok(())
 }
