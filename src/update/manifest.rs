@@ -10,6 +10,9 @@ use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
+/// Ids on the wire follow the one rule for a level of a topic: `[a-z0-9][a-z0-9_-]{0,31}`.
+pub use crate::config::is_slug as is_id;
+
 use super::digest::Digest;
 use super::job::{Install, Ratio, Source};
 use super::json::{self, Fields};
@@ -86,13 +89,6 @@ pub struct Manifest {
     pub accept_slower: Option<Ratio>,
     /// Fields that mean nothing here, `rollout` (reserved) among them.
     pub unknown: Vec<String>,
-}
-
-/// Ids on the wire: `[a-z0-9][a-z0-9_-]{0,31}`.
-pub fn is_id(text: &str) -> bool {
-    let body = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    (1..=32).contains(&text.len())
-        && text.bytes().enumerate().all(|(i, b)| body(b) || (i > 0 && b"_-".contains(&b)))
 }
 
 /// The id of a model without one: its file's stem, lower case, other characters as `-`.
