@@ -25,6 +25,7 @@ use crate::mqtt::topics::Topics;
 use crate::net::Net;
 use crate::queue::{self, Intake, LaneSettings};
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
+use crate::sampler::Sampler;
 use crate::signals::Signals;
 use crate::snapshot::{CameraSnapshot, Snapshot, Telemeter};
 use crate::update::updater::{self, Desk, Updater};
@@ -108,6 +109,7 @@ impl App {
         let (intake, inlets) = queue::build(&settings);
         let meter = Arc::new(Meter::new(config.cameras.len()));
         let pulse = Arc::new(Pulse::default());
+        let sampler = Arc::new(Sampler::default());
         let parts = runtime.as_ref().map(|runtime| updater::Parts {
             config: config.clone(),
             origin: origin.clone(),
@@ -117,6 +119,7 @@ impl App {
             meter: Arc::clone(&meter),
             intake: Arc::clone(&intake),
             pulse: Arc::clone(&pulse),
+            sampler: Arc::clone(&sampler),
             outbox: Arc::clone(&outbox),
             board: Arc::clone(&board),
             topics: topics.clone(),
@@ -143,6 +146,7 @@ impl App {
             Arc::clone(&outbox),
             Arc::clone(&meter),
             Arc::clone(&pulse),
+            sampler,
             origin.clone(),
             &topics,
             &config.cameras,

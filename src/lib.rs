@@ -20,6 +20,7 @@ pub mod net;
 pub mod queue;
 pub mod records;
 pub mod rtsp;
+pub mod sampler;
 pub mod signals;
 pub mod snapshot;
 pub mod update;

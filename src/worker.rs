@@ -19,6 +19,7 @@ use crate::queue::{Drop, Intake, Taken};
 use crate::records::{
     self, Bounds, Detections, FrameInfo, Latency, ModelRef, Object, Since, rounded,
 };
+use crate::sampler::Sampler;
 
 /// A record comes at least this often while frames are inferred, with or without objects.
 pub const RECORD_INTERVAL: Duration = Duration::from_secs(10);
@@ -87,6 +88,7 @@ pub struct Worker {
     outbox: Arc<Outbox>,
     meter: Arc<Meter>,
     pulse: Arc<Pulse>,
+    sampler: Arc<Sampler>,
     origin: Origin,
     iou: f32,
     cameras: Vec<Lens>,
@@ -102,6 +104,7 @@ impl Worker {
         outbox: Arc<Outbox>,
         meter: Arc<Meter>,
         pulse: Arc<Pulse>,
+        sampler: Arc<Sampler>,
         origin: Origin,
         topics: &Topics,
         cameras: &[config::Camera],
@@ -110,7 +113,8 @@ impl Worker {
         let lens = |c: &config::Camera| Lens::new(c, inference.confidence, topics);
         let cameras = cameras.iter().map(lens).collect();
         let iou = inference.iou;
-        Self { intake, slot, outbox, meter, pulse, origin, iou, cameras, found: Vec::new() }
+        let found = Vec::new();
+        Self { intake, slot, outbox, meter, pulse, sampler, origin, iou, cameras, found }
     }
 
     /// Serves frames until `pulse.stop` is set.
@@ -163,6 +167,7 @@ impl Worker {
         }
         let total = frame.arrived.elapsed();
         self.meter.frame(taken.camera, frame.id, live.epoch, &timing, total, &self.found);
+        self.sampler.offer(taken.camera, frame);
         taken.inferred();
     }
 }

@@ -203,8 +203,10 @@ fn the_command_line_pushes_shows_and_rolls_back() {
     for part in ["receiving", "PASSED", "latency", "switching", "SUCCEEDED"] {
         assert!(said.contains(part), "{part:?} is not in:\n{said}");
     }
-    // No folder of calibration pictures: said, not passed over.
+    // No folder of calibration pictures: said, not passed over; live frames are looked at instead.
     assert!(said.contains("SKIPPED  calibration"), "{said}");
+    let agreement = said.lines().find(|l| l.contains(" agreement ")).unwrap();
+    assert!(agreement.contains("PASSED") && agreement.contains("live frames"), "{said}");
     let (_, listed) = line.cli(&["model", "list"]);
     assert!(listed.contains("active     plates           2"), "{listed}");
     assert!(listed.contains("previous   plates           1"), "{listed}");
@@ -214,7 +216,47 @@ fn the_command_line_pushes_shows_and_rolls_back() {
     line.assert_nothing_lost();
 }
 
-/// A clip that is black for 4 s and blue for 1 s, over and over.
+/// The gate that is left without a calibration folder: both models look at the last live frames.
+#[test]
+fn a_model_that_sees_nothing_live_waits_for_a_person_and_what_vanished_is_told() {
+    let mut line = Line::start("probation_s = 7");
+    let mut blind = Detector::new(Output::Yolo8, 320, 320);
+    (blind.labels, blind.bias) = (vec!["plate", "dent", "hole"], -14.0);
+    line.put_in("blind.onnx", &blind.bytes());
+    let id = line.job_of("blind.onnx");
+    let job = || line.messages(&format!("/models/jobs/{id}")).pop().unwrap();
+    until("the question", 30, || job()["phase"] == "awaiting_confirm");
+    let asked = job();
+    assert_eq!(asked["ask"]["code"], "finds_nothing", "{asked}");
+    let gate = |job: &Value, name: &str| {
+        let gates = job["gates"].as_array().unwrap();
+        gates.iter().find(|g| g["gate"] == name).cloned().unwrap_or_default()
+    };
+    let agreement = gate(&asked, "agreement");
+    assert_eq!(agreement["verdict"], "ASK", "{agreement}");
+    assert!(agreement["numbers"]["active_objects"].as_u64().unwrap() > 0, "{agreement}");
+    assert_eq!(agreement["numbers"]["candidate_objects"], 0, "{agreement}");
+    let frames = line.service.dir.path().join("state/frames");
+    assert!(!frames.exists(), "the dumps are gone with the child");
+
+    line.command("confirm", &json!({ "id": "yes-1" }));
+    let ended = line.ended(&id);
+    assert_eq!(ended["state"], "SUCCEEDED", "{ended}");
+    let probation = gate(&ended, "probation");
+    assert_eq!(probation["verdict"], "PASSED", "{probation}");
+    let vanished = probation["numbers"]["label_vanished"].as_array().unwrap();
+    assert!(!vanished.is_empty(), "{probation}");
+    for label in vanished {
+        let numbers = &probation["numbers"]["labels"][label.as_str().unwrap()];
+        assert!(numbers["before"]["objects_per_frame"].as_f64().unwrap() >= 0.05, "{probation}");
+        assert_eq!(numbers["after"]["objects_per_frame"], 0.0, "{probation}");
+    }
+    assert_eq!(line.service.stop().code(), Some(0));
+    line.assert_nothing_lost();
+    line.assert_described();
+}
+
+/// A clip that is black for 6 s and blue for 1 s, over and over.
 fn black_and_blue(dir: &Path) -> std::path::PathBuf {
     gst::init().unwrap();
     let path = dir.join("clip.mp4");
@@ -228,7 +270,7 @@ fn black_and_blue(dir: &Path) -> std::path::PathBuf {
         "concat name=all ! x264enc speed-preset=ultrafast bframes=0 key-int-max=10 ! h264parse ! \
          mp4mux ! filesink location={} {}{}",
         path.display(),
-        part("all", "black", 40),
+        part("all", "black", 60),
         part("all", "blue", 10)
     );
     let pipeline = gst::parse::launch(&launch).unwrap();
@@ -240,8 +282,8 @@ fn black_and_blue(dir: &Path) -> std::path::PathBuf {
     path
 }
 
-/// A service whose camera turns blue for a second every five, and a next model that can't bear
-/// that: no gate shows a blue picture.
+/// A service whose camera turns blue for a second every seven, and a next model that can't bear
+/// that. It comes when the picture has just turned black again, so that no gate shows a blue one.
 fn fails_live(fault: Fault) -> (Line, Value) {
     let dir = tempfile::tempdir().unwrap();
     let good = Detector::new(Output::Yolo8, 320, 320).with_metadata("noblink.version", "1");
@@ -259,6 +301,9 @@ fn fails_live(fault: Fault) -> (Line, Value) {
     line.until_record("a record", 30, |r| r["model"]["version"] == "1");
     let mut bad = Detector::new(Output::Yolo8, 320, 320).with_metadata("noblink.version", "2");
     (bad.fault, bad.strikes_blue) = (fault, true);
+    let blue = |r: &Value| !r["objects"].as_array().unwrap().is_empty();
+    line.until_record("a blue picture", 15, blue);
+    line.until_record("a black picture", 15, |r| !blue(r));
     line.put_in("next.onnx", &bad.bytes());
     let job = line.ended(&line.job_of("next.onnx"));
     (line, job)

@@ -18,7 +18,9 @@ pub enum Clock {
     Arrival,
 }
 
-/// A frame as it leaves the appsink. Holding it holds the decoder's buffer: keep it short.
+/// A frame as it leaves the appsink. Holding it, or a clone, holds the decoder's buffer: keep it
+/// short.
+#[derive(Clone)]
 pub struct Frame {
     /// Counts the camera's offered frames from 0, running on over reconnects.
     pub id: u64,

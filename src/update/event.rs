@@ -128,6 +128,8 @@ pub enum Event {
         serial: u64,
         /// Why.
         reason: Reason,
+        /// Its report.
+        gates: Vec<Gate>,
     },
     /// The commit before a swap could not be written; the swap was not made.
     StorageFailed {

@@ -80,8 +80,9 @@ pub fn step(state: State, event: Event) -> (State, Vec<Effect>) {
                 turn.stop(now, job, how, reason, quarantine);
             }
         }
-        Event::ProbationFailed { now, serial, reason } => {
-            if let Some(job) = turn.take(serial, |j| j.holds_slot() && j.command().is_some()) {
+        Event::ProbationFailed { now, serial, reason, gates } => {
+            if let Some(mut job) = turn.take(serial, |j| j.holds_slot() && j.command().is_some()) {
+                add_gates(&mut job, gates);
                 turn.back_by_itself(now, job, reason);
             }
         }

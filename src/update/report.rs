@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::job::Reason;
-use crate::meter::{Outcome, Tally};
+use crate::meter::Outcome;
 use crate::model::file::Identity;
 use crate::records::rounded;
 
@@ -98,22 +98,6 @@ pub fn inference_quantile<'a>(
     times.get((last as f64 * q).round() as usize).copied()
 }
 
-/// Labels of which the model before found one in every twenty frames at least, and the new one,
-/// over `frames` of at least 50, found none.
-pub fn vanished(before: (&Tally, &[String]), after: (&Tally, &[String])) -> Vec<String> {
-    let count = |(tally, labels): (&Tally, &[String]), label: &str| {
-        let class = labels.iter().position(|l| l == label)?;
-        Some(tally.classes.get(class).map_or(0, |(count, _)| *count))
-    };
-    if after.0.frames < 50 {
-        return Vec::new();
-    }
-    let frequent =
-        |label: &&String| count(before, label).is_some_and(|n| n > 0 && n * 20 >= before.0.frames);
-    let gone = |label: &&String| count(after, label) == Some(0);
-    before.1.iter().filter(frequent).filter(gone).cloned().collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,15 +134,5 @@ mod tests {
         assert_eq!(inference_quantile(results.iter(), 0.5), Some(Duration::from_millis(1)));
         assert_eq!(inference_quantile(results.iter(), 0.99), Some(Duration::from_millis(2)));
         assert_eq!(inference_quantile([].iter(), 0.5), None);
-    }
-
-    #[test]
-    fn a_frequent_label_that_vanished_is_named() {
-        let labels = ["plate".to_owned(), "dent".to_owned()];
-        let before = Tally { frames: 100, classes: vec![(200, 150.0), (4, 2.0)] };
-        let after = Tally { frames: 60, classes: vec![] };
-        assert_eq!(vanished((&before, &labels), (&after, &labels)), ["plate"]);
-        let few = Tally { frames: 10, classes: vec![] };
-        assert!(vanished((&before, &labels), (&few, &labels)).is_empty());
     }
 }

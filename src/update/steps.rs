@@ -16,6 +16,7 @@ use super::event::{Step, Stopped};
 use super::fetch::{self, Transfer, Wanted};
 use super::gates::{self, End, Limits, Request, Rules, Subject};
 use super::job::{Command, Gate, Ratio, Reason, Source, Verdict};
+use super::live::LiveFrames;
 use super::manifest::{self, Manifest};
 use super::registry;
 use super::store::{Store, StoreError};
@@ -224,9 +225,19 @@ pub fn verify(
     StepEnd::Done { step: Step::Verified, gates, model: None, known: Some(Box::new(known)) }
 }
 
-/// The child process. `frames`: dumps of live frames, removed by their owner.
-pub fn prove(request: &Request, limits: &Limits, cancel: &AtomicBool) -> StepEnd {
-    let outcome = gates::proving::run(request, limits, cancel);
+/// The child process. Where no calibration folder is configured it gets live frames to look at.
+pub fn prove(
+    mut request: Request,
+    limits: &Limits,
+    live: impl FnOnce(&AtomicBool) -> LiveFrames,
+    cancel: &AtomicBool,
+) -> StepEnd {
+    let frames = match (&request.active, &request.calibration) {
+        (Some(_), None) => live(cancel),
+        _ => LiveFrames::default(),
+    };
+    request.frames = frames.files().to_vec();
+    let outcome = gates::proving::run(&request, limits, cancel);
     match outcome.end {
         End::Accepted { ask } => StepEnd::done(Step::Proved { ask }, outcome.gates),
         End::Refused { how, reason, quarantine } => {

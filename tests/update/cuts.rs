@@ -128,7 +128,12 @@ impl Service<'_> {
             }
             Effect::Watch { serial } if std::env::var_os(FAIL).is_some() => {
                 let reason = Reason::new("nan_output", "for the test");
-                return self.handle(Event::ProbationFailed { now: now(), serial, reason });
+                return self.handle(Event::ProbationFailed {
+                    now: now(),
+                    serial,
+                    reason,
+                    gates: Vec::new(),
+                });
             }
             Effect::Watch { serial } => (serial, Step::Passed),
             Effect::Collect => {

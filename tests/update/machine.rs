@@ -139,7 +139,12 @@ impl Bench {
 
     fn fail_probation(&mut self) -> Vec<Effect> {
         let reason = Reason::new("nan_output", "frame 51");
-        self.event(Event::ProbationFailed { now: self.now, serial: self.serial(), reason })
+        self.event(Event::ProbationFailed {
+            now: self.now,
+            serial: self.serial(),
+            reason,
+            gates: Vec::new(),
+        })
     }
 
     fn ended(&self, id: &str) -> (JobState, &str) {

@@ -325,7 +325,7 @@ impl World {
             Move::ProbationFailed { age } => {
                 let reason = Reason::new("nan_output", "for the test");
                 let serial = self.serial(age);
-                self.event(Event::ProbationFailed { now, serial, reason });
+                self.event(Event::ProbationFailed { now, serial, reason, gates: Vec::new() });
             }
             Move::StorageFailed => {
                 let reason = Reason::new("no_space", "for the test");

@@ -265,6 +265,7 @@ impl Bench {
             Arc::new(Outbox::new(OUTBOX)),
             Arc::clone(&meter),
             Arc::clone(&pulse),
+            Arc::default(),
             Origin { device: "bench".into(), boot: "bench".into() },
             &Topics::new("noblink", "bench"),
             std::slice::from_ref(&settings),

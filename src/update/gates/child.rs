@@ -36,7 +36,7 @@ const TICKET_BYTES_MAX: u64 = 16 << 20;
 /// Real pictures that are looked at beside black, white and noise.
 const REAL_FRAMES: usize = 4;
 /// Live frames that are looked at.
-const LIVE_FRAMES_MAX: usize = 32;
+pub const LIVE_FRAMES_MAX: usize = 32;
 /// AP50 wants the doubtful findings as well.
 const DOUBTFUL: f32 = 0.001;
 
@@ -123,13 +123,12 @@ impl<'a> Proof<'a> {
         let runtime = Runtime::load(self.request.engine.library.as_deref());
         let runtime = runtime.map_err(|e| self.machine("proving", "runtime", e.to_string()))?;
         let folder = self.folder()?;
-        let frames = self.frames()?;
-        let real = self.real(folder.as_ref(), &frames)?;
+        let real = self.real(folder.as_ref())?;
 
         let mut candidate = self.examine(&runtime, &real, confinement)?;
         let mut active = self.active(&runtime);
         self.calibrate(folder.as_ref(), &mut candidate, &mut active)?;
-        self.agree(&frames, folder.is_some(), &mut candidate, &mut active);
+        self.agree(folder.is_some(), &mut candidate, &mut active)?;
         self.time(real.first(), candidate, active)
     }
 
@@ -171,19 +170,12 @@ impl<'a> Proof<'a> {
         })
     }
 
-    fn frames(&mut self) -> Result<Vec<FrameDump>, Halt> {
-        let files = self.request.frames.iter().take(LIVE_FRAMES_MAX);
-        let frames: Result<_, _> = files.map(|file| FrameDump::read(file)).collect();
-        frames.map_err(|e| self.machine("agreement", "frames_unusable", e.to_string()))
-    }
-
-    fn real(
-        &mut self,
-        folder: Option<&Folder>,
-        frames: &[FrameDump],
-    ) -> Result<Vec<FrameDump>, Halt> {
+    /// A few real pictures: of the folder, else live ones.
+    fn real(&mut self, folder: Option<&Folder>) -> Result<Vec<FrameDump>, Halt> {
         let Some(folder) = folder else {
-            return Ok(frames.iter().take(REAL_FRAMES).cloned().collect());
+            let files = self.request.frames.iter().take(REAL_FRAMES);
+            let frames: Result<_, _> = files.map(|file| FrameDump::read(file)).collect();
+            return frames.map_err(|e| self.machine("agreement", "frames_unusable", e.to_string()));
         };
         let samples = folder.samples.iter().take(REAL_FRAMES);
         let decoded: Result<_, _> = samples.map(|s| FrameDump::decode(&s.image)).collect();
@@ -377,46 +369,64 @@ impl<'a> Proof<'a> {
         Ok(())
     }
 
-    /// Gate `agreement`: reports, or asks; never refuses.
+    /// Gate `agreement`: reports, or asks. It refuses only a model that fails on a live frame.
     fn agree(
         &mut self,
-        frames: &[FrameDump],
         calibrated: bool,
         candidate: &mut Bench,
         active: &mut Option<Bench>,
-    ) {
-        let Some(active) = active else {
-            let why = self.no_active.clone();
-            return self.push(skipped("agreement", why));
-        };
-        if frames.is_empty() {
-            return self.push(skipped("agreement", "there are no live frames"));
-        }
+    ) -> Result<(), Halt> {
         let began = Instant::now();
+        match self.compare(calibrated, candidate, active.as_mut())? {
+            Ok(agreement) => {
+                self.phase("agreement", began);
+                let (gate, ask) = agreement.judge(!calibrated);
+                self.push(gate);
+                self.ask = ask;
+            }
+            Err(why) => self.push(skipped("agreement", why)),
+        }
+        Ok(())
+    }
+
+    /// Both models on the live frames; the inner error is why they can't be compared.
+    fn compare(
+        &mut self,
+        calibrated: bool,
+        candidate: &mut Bench,
+        active: Option<&mut Bench>,
+    ) -> Result<Result<Agreement, String>, Halt> {
+        let Some(active) = active else { return Ok(Err(self.no_active.clone())) };
+        let files: Vec<_> = self.request.frames.iter().take(LIVE_FRAMES_MAX).cloned().collect();
+        if files.is_empty() && calibrated {
+            return Ok(Err("the calibration folder has judged".into()));
+        } else if files.is_empty() {
+            return Ok(Err("there are no live frames".into()));
+        }
         let mut agreement = Agreement::default();
-        for frame in frames {
+        for file in files {
+            let frame = match FrameDump::read(&file) {
+                Ok(frame) => frame,
+                Err(e) => return Ok(Err(e.to_string())),
+            };
             let look = |bench: &mut Bench| {
                 self.step(Work::Agreement, bench.who);
-                bench.detect(frame, self.thresholds()).map(|()| bench.labelled())
+                bench.detect(&frame, self.thresholds()).map(|()| bench.labelled())
             };
-            match look(active).and_then(|theirs| Ok((theirs, look(candidate)?))) {
-                Ok((theirs, mine)) => {
-                    let (old, new) = (active.model.contract(), candidate.model.contract());
-                    let shared = |label: &str| {
-                        [old, new].iter().all(|c| c.labels.iter().any(|known| known == label))
-                    };
-                    agreement.add(&theirs, &mine, shared);
-                }
-                Err(reason) => {
-                    let why = format!("{} could not be compared: {reason}", frame.name());
-                    return self.push(skipped("agreement", why));
-                }
-            }
+            let theirs = match look(active) {
+                Ok(theirs) => theirs,
+                Err(e) => return Ok(Err(format!("the active model: {}: {e}", frame.name()))),
+            };
+            let mine = look(candidate).map_err(|reason| {
+                self.push(failed("agreement", &reason, json!({ "frame": frame.name() })));
+                (Fault::Model, reason)
+            })?;
+            let (old, new) = (active.model.contract(), candidate.model.contract());
+            let shared =
+                |label: &str| [old, new].iter().all(|c| c.labels.iter().any(|l| l == label));
+            agreement.add(&theirs, &mine, shared);
         }
-        self.phase("agreement", began);
-        let (gate, ask) = agreement.judge(!calibrated);
-        self.push(gate);
-        self.ask = ask;
+        Ok(Ok(agreement))
     }
 
     /// One frame's CPU and wall time.

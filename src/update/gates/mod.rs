@@ -3,6 +3,7 @@
 //! ```text
 //! identity ─ structure ─ contract ─┬─ proving ─ calibration ─ shift ─ agreement ─ latency
 //! (store)    (`content`: pure)     │  (a child process: `proving` runs it, `child` is what it does)
+//!                                  └─ probation (live, after the swap; its report is pure)
 //! ```
 //!
 //! Every gate has a [`Gate`] in the report, with its numbers. One that could not run is SKIPPED and
@@ -19,6 +20,7 @@ mod examine;
 mod folder;
 mod frame;
 mod latency;
+mod probation;
 pub mod proving;
 mod request;
 mod score;
@@ -27,15 +29,16 @@ mod wire;
 
 use serde_json::{Value, json};
 
-pub use child::main as prove;
+pub use child::{LIVE_FRAMES_MAX, main as prove};
 pub use content::{Content, Rules, examine as content};
 pub use frame::{DumpError, FrameDump};
+pub use probation::{Seen, probation};
 pub use proving::{End, Limits, Outcome};
 pub use request::{Engine, Latency, Request, Subject};
 
 use super::job::{Gate, Reason, Verdict};
 
-/// Gates after identity, in the order of the report.
+/// Gates between identity and probation, in the order of the report.
 pub const GATES: [&str; 7] =
     ["structure", "contract", "proving", "calibration", "shift", "agreement", "latency"];
 

@@ -15,12 +15,13 @@ use super::super::fetch;
 use super::super::inbox::{Inbox, Options};
 use super::super::job::Reason;
 use super::super::keeper::{Keeper, kernel_boot};
+use super::super::live::LiveFrames;
 use super::super::registry;
 use super::super::signature::PublicKey;
 use super::super::start::{Origin, start_order};
 use super::super::steps::{self, Bench, Fetching, StepEnd};
 use super::super::store::RESERVE_BYTES;
-use super::{CHUNKS_MAX, Parts, Thread, View, now_ms};
+use super::{CHUNKS_MAX, Parts, Thread, View, frames_dir, now_ms};
 use crate::affinity;
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
@@ -62,6 +63,7 @@ impl Thread {
                 None
             }
         };
+        LiveFrames::clear(&frames_dir(&parts));
         let (ends, ended) = unbounded();
         let (chunks, chunks_in) = bounded(CHUNKS_MAX);
         let fetching = Fetching {

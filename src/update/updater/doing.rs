@@ -11,10 +11,11 @@ use super::super::digest::Digest;
 use super::super::event::{Effect, Event, Step, Stopped};
 use super::super::gates::{Limits, Request};
 use super::super::job::{Job, Reason};
+use super::super::live::LiveFrames;
 use super::super::orders;
 use super::super::steps::{self, Bench, StepEnd};
 use super::super::watch::Swapped;
-use super::{Thread, now_ms};
+use super::{Thread, frames_dir, now_ms};
 use crate::model::engine::Model;
 use crate::model::file::Identity;
 use crate::model::slot::{Live, Slot};
@@ -144,7 +145,12 @@ impl Thread {
         request.latency.accept_slower =
             steps::accepted_ratio(&command, manifest.as_ref(), !self.keys.is_empty());
         let limits = Limits::of(&self.parts.config.models);
-        self.start_step(serial, move |_, cancel| steps::prove(&request, &limits, cancel));
+        let (sampler, dir) = (Arc::clone(&self.parts.sampler), frames_dir(&self.parts));
+        let cameras: Vec<_> = self.parts.config.cameras.iter().map(|c| c.id.clone()).collect();
+        self.start_step(serial, move |_, cancel| {
+            let live = |cancel: &_| LiveFrames::collect(&dir, &sampler, &cameras, cancel);
+            steps::prove(request, &limits, live, cancel)
+        });
     }
 
     pub(super) fn load(&mut self, serial: u64) {

@@ -14,6 +14,7 @@ mod telling;
 mod watching;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -45,6 +46,7 @@ use crate::mqtt::link::Inbound;
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::topics::Topics;
 use crate::queue::Intake;
+use crate::sampler::Sampler;
 use crate::worker::{Origin, Pulse};
 /// How often probation, hangs and swaps are looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -75,6 +77,8 @@ pub struct Parts {
     pub intake: Arc<Intake>,
     /// The worker's pulse.
     pub pulse: Arc<Pulse>,
+    /// Where live frames come from.
+    pub sampler: Arc<Sampler>,
     /// For job changes and swap reports.
     pub outbox: Arc<Outbox>,
     /// For `models/state`.
@@ -245,4 +249,9 @@ impl Thread {
 
 fn now_ms() -> Millis {
     now_us() / 1000
+}
+
+/// Where live frames lie while a model is proved on them.
+fn frames_dir(parts: &Parts) -> PathBuf {
+    parts.config.device.state_dir.join("frames")
 }

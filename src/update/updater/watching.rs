@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use super::super::event::{Event, Step};
-use super::super::job::Reason;
+use super::super::gates::{self, Seen};
+use super::super::job::{Gate, Reason};
 use super::super::report;
 use super::super::steps;
 use super::super::watch::{self, Probation};
@@ -100,7 +101,8 @@ impl Thread {
                 error!("{text}: the service ends and starts with the model before");
                 let reason = Reason::new("hang", text);
                 // Committed before the end; the swap that follows it is for nobody.
-                let failed = Event::ProbationFailed { now: now_ms(), serial, reason };
+                let gates = vec![self.probation_gate(probation, Some(&reason))];
+                let failed = Event::ProbationFailed { now: now_ms(), serial, reason, gates };
                 drop(self.keeper.handle(failed, &mut |_| ()));
                 std::process::exit(1);
             }
@@ -121,32 +123,34 @@ impl Thread {
         match verdict {
             None => {}
             Some(Ok(())) => {
-                self.warn_of_vanished(epoch);
+                let gate = self.probation_gate(probation, None);
+                info!("probation: {}", gate.message);
                 self.probation = None;
-                let step = Step::Passed;
-                self.handle(Event::Done { now: now_ms(), serial, step, gates: Vec::new() });
+                let (step, gates) = (Step::Passed, vec![gate]);
+                self.handle(Event::Done { now: now_ms(), serial, step, gates });
             }
             Some(Err(reason)) => {
                 warn!("the new model failed its probation: {reason}");
+                let gates = vec![self.probation_gate(probation, Some(&reason))];
                 self.probation = None;
-                self.handle(Event::ProbationFailed { now: now_ms(), serial, reason });
+                self.handle(Event::ProbationFailed { now: now_ms(), serial, reason, gates });
             }
         }
     }
 
-    pub(super) fn warn_of_vanished(&self, epoch: u64) {
-        let (Some(live), Some(after)) = (self.parts.slot.load(), self.parts.meter.tally(epoch))
-        else {
-            return;
-        };
-        let Some(before) = self.keeper.state().slot.previous.and_then(|d| self.warm.get(&d)) else {
-            return;
-        };
-        let Some(tally) = self.parts.meter.tally_before(epoch) else { return };
-        let labels = (&before.contract().labels[..], &live.model.contract().labels[..]);
-        for label in report::vanished((&tally, labels.0), (&after, labels.1)) {
-            warn!("label_vanished: {label} was frequent before the swap and was not seen since");
-        }
+    /// What the model on probation did, beside the one before; `failed` = why it goes.
+    fn probation_gate(&self, probation: &Probation, failed: Option<&Reason>) -> Gate {
+        let (epoch, meter) = (probation.epoch, &self.parts.meter);
+        let previous = self.keeper.state().slot.previous;
+        let labels = |digest| Some(&self.warm.get(&digest)?.contract().labels[..]);
+        let (old, new) = (meter.tally_before(epoch), meter.tally(epoch));
+        let seen = |tally, digest| Some(Seen { tally, labels: labels(digest)? });
+        let before = old.as_ref().zip(previous).and_then(|(tally, digest)| seen(tally, digest));
+        let after = new.as_ref().and_then(|tally| seen(tally, probation.digest));
+        let results = self.results(probation.lasts + BEFORE);
+        let runs = results.iter().flatten().filter(|r| r.epoch == epoch);
+        let p99 = report::inference_quantile(runs, 0.99);
+        gates::probation(failed, before, after, p99, probation.budget)
     }
 
     pub(super) fn watch_swaps(&mut self, now: Instant) {
