@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: demo build test lint setup setup-tests soak
+.PHONY: bench-swap demo build test lint setup setup-tests soak
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -29,6 +29,19 @@ setup:
 
 setup-tests:
 	@scripts/setup --tests
+
+# 500 swaps with what they do to the results, half an hour; SWAPS=50 for a look. Beside it the usual
+# Python way, if PYTHON names an interpreter that has ultralytics.
+SWAPS ?= 500
+CLIPS := models/clips/line-a.mp4 models/clips/line-a.mp4
+bench-swap: build
+	target/release/noblink bench swap $(CLIPS:%=--clip %) --swaps $(SWAPS) --updates 20
+	@if [ -n "$(PYTHON)" ]; then \
+	  echo; echo "Ultralytics, the same cameras and models:"; \
+	  $(PYTHON) tests/peers/ultralytics_swap.py --clip $(CLIPS); \
+	else \
+	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
+	fi
 
 # Twelve minutes; SOAK_SECONDS=60 for a look.
 soak: setup-tests

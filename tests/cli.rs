@@ -118,6 +118,22 @@ fn inspect_describes_a_detector_and_refuses_the_rest() {
     assert_eq!(json["refused"]["code"], "not_onnx", "{json}");
 }
 
+/// A short form of what `make bench-swap` measures. Frames that a busy machine drops are counted by
+/// reason and are not what is tested.
+#[test]
+fn bench_swap_loses_and_doubles_nothing() {
+    let output = noblink_output(&["bench", "swap", "--swaps", "2", "--updates", "1", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr)));
+    assert_eq!(report["swaps"], 3, "{report}");
+    for none in ["frames_unaccounted", "frames_doubled", "epochs_back"] {
+        assert_eq!(report[none], 0, "{report}");
+    }
+    for windows in ["swap", "sham"] {
+        assert!(report[windows]["gap_ms"]["p50"].as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
 #[test]
 fn bench_pipeline_measures_every_stage() {
     let output = noblink_output(&["bench", "pipeline", "--frames", "40", "--json"]);

@@ -19,7 +19,8 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args) -> Outcome {
     let signals = Signals::install()?;
-    let mut demo = demo::start(&demo::Options { probation_s: 5, story: true })?;
+    let options = demo::Options { probation_s: 5, story: true, ..Default::default() };
+    let mut demo = demo::start(&options)?;
     let filter = format!("{}/#", demo.app.topics().root());
     let inbound = listener::listen(demo.app.broker(), "noblink-demo-view", &filter)
         .map_err(anyhow::Error::from)?;

@@ -39,12 +39,16 @@ const UPDATES: [(Duration, &str, &str); 2] = [
 ];
 
 /// How the demo runs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// `models.probation_s`
     pub probation_s: u64,
     /// Publishes models by itself.
     pub story: bool,
+    /// Another model than plates 1, without plates' calibration pictures.
+    pub model: Option<PathBuf>,
+    /// Other H.264 mp4 files than the demo's two, a camera each.
+    pub clips: Vec<PathBuf>,
 }
 
 /// The running demo. Fields are dropped in this order.
@@ -92,14 +96,16 @@ fn config_text(
     probation_s: u64,
     state: &Path,
     model: &Path,
-    calibration: &Path,
+    calibration: Option<&Path>,
 ) -> String {
     let mut text = format!(
         "[device]\nid = \"demo\"\nstate_dir = {state:?}\n\n\
          [mqtt]\nembedded = true\nembedded_port = {port}\n\n\
-         [models]\nfactory = {model:?}\nprobation_s = {probation_s}\n\n\
-         [models.calibration]\ndir = {calibration:?}\n"
+         [models]\nfactory = {model:?}\nprobation_s = {probation_s}\n"
     );
+    if let Some(dir) = calibration {
+        text += &format!("\n[models.calibration]\ndir = {dir:?}\n");
+    }
     for (id, url) in urls {
         text += &format!("\n[[camera]]\nid = {id:?}\nurl = {url:?}\npublish = \"all\"\n");
     }
@@ -109,26 +115,36 @@ fn config_text(
 /// Starts cameras, broker, model and service.
 pub fn start(options: &Options) -> anyhow::Result<Demo> {
     gst::init().context("GStreamer can't be initialised")?;
-    let model = find("models/plates-v1.onnx")?;
+    let (model, calibration) = match &options.model {
+        Some(model) => (std::path::absolute(model)?, None),
+        None => (find("models/plates-v1.onnx")?, Some(find("models/calibration")?)),
+    };
     let server = RtspServer::start(&rtsp::Settings::default())
         .context("the demo's cameras can't be started")?;
+    let mut clips = Vec::new();
+    for (clip, n) in options.clips.iter().zip(1..) {
+        clips.push((format!("clip-{n}"), clip.clone()));
+    }
+    for (id, clip) in CAMERAS.iter().filter(|_| options.clips.is_empty()) {
+        clips.push(((*id).to_owned(), find(&format!("models/clips/{clip}"))?));
+    }
     let mut urls = Vec::new();
-    for (id, clip) in CAMERAS {
-        let clip = find(&format!("models/clips/{clip}"))?;
-        server.mount_clip(&format!("/{id}"), &clip, true)?;
-        urls.push((id.to_owned(), server.url(&format!("/{id}"))));
+    for (id, clip) in clips {
+        let path = format!("/{id}");
+        server.mount_clip(&path, &clip, true)?;
+        urls.push((id, server.url(&path)));
     }
     let mut updates = Vec::new();
     for (at, file, text) in UPDATES.into_iter().filter(|_| options.story) {
         updates.push((at, find(&format!("models/{file}"))?, text));
     }
     let state = std::env::temp_dir().join(format!("noblink-demo-{}", std::process::id()));
-    let calibration = find("models/calibration")?;
-    let text = config_text(&urls, free_port()?, options.probation_s, &state, &model, &calibration);
+    let (port, calibration) = (free_port()?, calibration.as_deref());
+    let text = config_text(&urls, port, options.probation_s, &state, &model, calibration);
     let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
-    let camera_url = server.url(&format!("/{}", CAMERAS[0].0));
+    let camera_url = urls[0].1.clone();
     let updates = updates.into_iter();
     Ok(Demo { app, camera_url, _cameras: server, updates, state })
 }

@@ -247,8 +247,7 @@ fn word(value: &Value, allowed: &[&str]) -> Option<String> {
 
 /// A ratio as `--accept-slower` and `accept_slower` have it: 1 to 1000.
 pub fn ratio(value: &Value) -> Option<Ratio> {
-    let factor = value.as_f64().filter(|f| (1.0..=1000.0).contains(f))?;
-    Some(Ratio((factor * 1000.0).round() as u32))
+    Ratio::of(value.as_f64()?)
 }
 
 /// A list, or an object by index as Ultralytics writes it; every index from 0 exactly once.

@@ -3,9 +3,10 @@
 //! against what goes on anyway, in sham windows of the same run.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use crossbeam_channel::bounded;
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +15,7 @@ use crate::demo::{self, Demo};
 use crate::host::Host;
 use crate::meter::Outcome;
 use crate::records::rounded;
-use crate::update::job::{Install, JobState, Way};
+use crate::update::job::{Install, JobState, Ratio, Way};
 use crate::update::orders::Order;
 use crate::update::updater::Ask;
 
@@ -26,6 +27,15 @@ pub(in crate::cli) struct Args {
     /// Full updates with the proving child before them
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
     updates: u32,
+    /// Two models to go back and forth between, instead of plates 1 and 2
+    #[arg(long = "model", value_name = "FILE", num_args = 1)]
+    models: Vec<PathBuf>,
+    /// H.264 mp4 files, a camera each, instead of the demo's two
+    #[arg(long = "clip", value_name = "FILE", num_args = 1)]
+    clips: Vec<PathBuf>,
+    /// Allow a candidate that is slower by this factor
+    #[arg(long, value_name = "RATIO")]
+    accept_slower: Option<f64>,
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
@@ -38,22 +48,36 @@ const SPACING: Duration = Duration::from_millis(2300);
 /// Longest time for one job.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What was measured.
+/// What was measured. A window is [`MARGIN`] before and after a moment: a swap, or one without.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     swaps: usize,
     full_updates: u32,
     frames: usize,
+    /// Frames of which there is no result: dropped by an overloaded box, or lost.
     frames_missing: u64,
     frames_doubled: u64,
+    /// Frames that ended neither inferred nor dropped for a reason.
+    frames_unaccounted: u64,
     epochs_back: u64,
-    /// Longest gap between two results of a camera around a swap, milliseconds.
-    swap_gap_ms: Spread,
-    /// The same around moments without one.
-    sham_gap_ms: Spread,
+    /// The model's own time, of all runs.
+    inference_ms: Spread,
+    swap: Windows,
+    sham: Windows,
     p99_ratio: f64,
     rss_mb_early: f64,
     rss_mb_end: f64,
+}
+
+/// What the windows of one kind saw.
+#[derive(Debug, Serialize)]
+struct Windows {
+    /// Longest gap between two results of a camera.
+    gap_ms: Spread,
+    /// Longest gap between two results of any cameras.
+    pause_ms: Spread,
+    /// Frames of a camera without a result, mean.
+    missing: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,15 +102,21 @@ impl fmt::Display for Report {
         writeln!(f, "{swaps} swaps, {full_updates} of them full updates; {frames} frames")?;
         writeln!(
             f,
-            "frames missing {}, doubled {}, epochs that went back {}\n",
-            self.frames_missing, self.frames_doubled, self.epochs_back
+            "frames without a result {}, unaccounted for {}, doubled {}; epochs that went back {}\n",
+            self.frames_missing, self.frames_unaccounted, self.frames_doubled, self.epochs_back
         )?;
-        writeln!(f, "longest gap between results, ms     p50      p99      max")?;
-        for (name, s) in [("around a swap", &self.swap_gap_ms), ("without one", &self.sham_gap_ms)]
-        {
-            writeln!(f, "  {name:<28}{:>9.2}{:>9.2}{:>9.2}", s.p50, s.p99, s.max)?;
-        }
-        writeln!(f, "  p99, ratio                           {:>9.3}", self.p99_ratio)?;
+        let mut row = |name: &str, s: &Spread| {
+            writeln!(f, "{name:<46}{:>9.2}{:>9.2}{:>9.2}", s.p50, s.p99, s.max)
+        };
+        let (swap, sham) = (&self.swap, &self.sham);
+        row("a model's run, ms", &self.inference_ms)?;
+        row("a camera's longest gap around a swap, ms", &swap.gap_ms)?;
+        row("  without one", &sham.gap_ms)?;
+        row("longest pause of all around a swap, ms", &swap.pause_ms)?;
+        row("  without one", &sham.pause_ms)?;
+        writeln!(f, "{:<46}{:>18.3}", "p99 of a camera's gap, ratio", self.p99_ratio)?;
+        writeln!(f, "{:<46}{:>18.3}", "frames missing a camera and swap", swap.missing)?;
+        writeln!(f, "{:<46}{:>18.3}", "  without one", sham.missing)?;
         write!(
             f,
             "\nRSS {:.1} MB at a tenth of the swaps, {:.1} MB at the end",
@@ -98,19 +128,37 @@ impl fmt::Display for Report {
 /// Everything that the worker said, and the service that it came from.
 struct Bench {
     demo: Demo,
+    slower: Option<Ratio>,
     results: Vec<Vec<Outcome>>,
     ticked: Instant,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
-    let demo = demo::start(&demo::Options { probation_s: 0, story: false })?;
-    let mut bench = Bench { demo, results: vec![Vec::new(); 2], ticked: Instant::now() };
+    let models: [PathBuf; 2] = match args.models.as_slice() {
+        [] => [shipped(1)?, shipped(2)?],
+        [first, second] => [first.clone(), second.clone()],
+        other => bail!("--model is given {} times: name two models, or none", other.len()),
+    };
+    let slower = match args.accept_slower {
+        Some(r) => Some(Ratio::of(r).with_context(|| format!("--accept-slower {r}: 1 to 1000"))?),
+        None => None,
+    };
+    let factory = args.models.first().cloned();
+    let demo = demo::start(&demo::Options {
+        probation_s: 0,
+        story: false,
+        model: factory,
+        clips: args.clips.clone(),
+    })?;
+    let cameras = demo.app.snapshot().cameras.len();
+    let results = vec![Vec::new(); cameras];
+    let mut bench = Bench { demo, slower, results, ticked: Instant::now() };
     bench.run_for(Duration::from_secs(8));
     // The burst with which a camera starts is not what is measured.
     bench.results.iter_mut().for_each(|r| drop(r.drain(..r.len().saturating_sub(1))));
     for update in 0..args.updates {
-        let version = if update % 2 == 0 { 2 } else { 1 };
-        bench.install(&format!("update-{update}"), version)?;
+        let model = &models[if update % 2 == 0 { 1 } else { 0 }];
+        bench.install(&format!("update-{update}"), model)?;
         bench.run_for(SPACING);
     }
     let mut early = Host::read(0.0, 1.0).rss_mb;
@@ -123,8 +171,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     }
     let end = Host::read(0.0, 1.0).rss_mb;
     let results = std::mem::take(&mut bench.results);
-    bench.demo.stop();
-    report(args, &results, early, end)
+    let last = bench.demo.stop();
+    let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
+    report(args, &results, unaccounted, (early, end))
+}
+
+fn shipped(version: u32) -> anyhow::Result<PathBuf> {
+    crate::assets::find(&format!("models/plates-v{version}.onnx")).map_err(|e| anyhow!(e))
 }
 
 impl Bench {
@@ -187,10 +240,8 @@ impl Bench {
         self.results.iter().filter_map(|r| r.last()).map(|r| r.epoch).max().unwrap_or(0)
     }
 
-    fn install(&mut self, id: &str, version: u32) -> anyhow::Result<()> {
-        let name = format!("plates-v{version}.onnx");
-        let path = crate::assets::find(&format!("models/{name}")).map_err(|e| anyhow!(e))?;
-        let bytes = std::fs::read(path)?;
+    fn install(&mut self, id: &str, model: &Path) -> anyhow::Result<()> {
+        let bytes = std::fs::read(model).with_context(|| model.display().to_string())?;
         let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
         let mut part = desk.store().stage(bytes.len() as u64, bytes.len() as u64)?;
         part.write(&bytes)?;
@@ -198,12 +249,12 @@ impl Bench {
         let epoch = self.epoch();
         self.ask(Order::Stored {
             id: id.into(),
-            name,
+            name: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             blob,
             install: Install::Auto,
             manifest: Some(br#"{"allow_removed_labels":true}"#.to_vec()),
             signature: None,
-            accept_slower: None,
+            accept_slower: self.slower,
         })?;
         self.until_done(id, epoch)
     }
@@ -215,43 +266,78 @@ impl Bench {
     }
 }
 
-fn report(args: &Args, results: &[Vec<Outcome>], early: f64, end: f64) -> anyhow::Result<Report> {
+fn report(
+    args: &Args,
+    results: &[Vec<Outcome>],
+    unaccounted: u64,
+    (early, end): (f64, f64),
+) -> anyhow::Result<Report> {
     let (mut missing, mut doubled, mut back) = (0, 0, 0);
-    let (mut swaps, mut shams, mut changes) = (Vec::new(), Vec::new(), 0);
+    let (mut swap, mut sham) = (Looks::default(), Looks::default());
+    let mut all: Vec<Instant> = results.iter().flatten().map(|r| r.at).collect();
+    all.sort_unstable();
     for camera in results {
         for pair in camera.windows(2) {
             let (a, b) = (pair[0], pair[1]);
-            missing += b.frame.saturating_sub(a.frame + 1);
+            missing += missing_between(&a, &b);
             doubled += u64::from(b.frame <= a.frame);
             back += u64::from(b.epoch < a.epoch);
             if b.epoch > a.epoch {
-                changes += 1;
-                swaps.extend(longest_gap(camera, b.at));
+                swap.look(camera, &all, b.at);
                 // Between this window's end and the next swap, at a moment that nobody chose.
                 let jitter = Duration::from_millis(u64::from(b.at.elapsed().subsec_nanos() % 300));
-                shams.extend(longest_gap(camera, b.at + MARGIN * 3 - jitter));
+                sham.look(camera, &all, b.at + MARGIN * 3 - jitter);
             }
         }
     }
-    let (swap_gap_ms, sham_gap_ms) = (Spread::of(swaps)?, Spread::of(shams)?);
+    let inference = results.iter().flatten().map(|r| r.inference.as_secs_f64() * 1e3);
+    let changes = swap.gaps.len() / results.len();
+    let (swap, sham) = (swap.sum_up()?, sham.sum_up()?);
     Ok(Report {
-        swaps: changes / results.len(),
+        swaps: changes,
         full_updates: args.updates,
         frames: results.iter().map(Vec::len).sum(),
         frames_missing: missing,
         frames_doubled: doubled,
+        frames_unaccounted: unaccounted,
         epochs_back: back,
-        p99_ratio: rounded(swap_gap_ms.p99 / sham_gap_ms.p99, 3),
-        swap_gap_ms,
-        sham_gap_ms,
+        inference_ms: Spread::of(inference.collect())?,
+        p99_ratio: rounded(swap.gap_ms.p99 / sham.gap_ms.p99, 3),
+        swap,
+        sham,
         rss_mb_early: early,
         rss_mb_end: end,
     })
 }
 
-/// The longest gap between two results whose second lies within [`MARGIN`] of `at`, milliseconds.
-fn longest_gap(results: &[Outcome], at: Instant) -> Option<f64> {
-    let inside = |t: Instant| t + MARGIN >= at && t <= at + MARGIN;
-    let gaps = results.windows(2).filter(|pair| inside(pair[1].at));
-    gaps.map(|pair| (pair[1].at - pair[0].at).as_secs_f64() * 1e3).max_by(f64::total_cmp)
+fn missing_between(a: &Outcome, b: &Outcome) -> u64 {
+    b.frame.saturating_sub(a.frame + 1)
+}
+
+/// The windows of one kind, as they are looked at.
+#[derive(Default)]
+struct Looks {
+    gaps: Vec<f64>,
+    pauses: Vec<f64>,
+    missing: u64,
+}
+
+impl Looks {
+    /// Pairs of results whose second lies within [`MARGIN`] of `at`; `all` = of all cameras.
+    fn look(&mut self, camera: &[Outcome], all: &[Instant], at: Instant) {
+        let inside = |t: Instant| t + MARGIN >= at && t <= at + MARGIN;
+        let ms = |a: Instant, b: Instant| (b - a).as_secs_f64() * 1e3;
+        let pairs: Vec<_> = camera.windows(2).filter(|pair| inside(pair[1].at)).collect();
+        let gaps = pairs.iter().map(|pair| ms(pair[0].at, pair[1].at));
+        self.gaps.extend(gaps.max_by(f64::total_cmp));
+        self.missing += pairs.iter().map(|pair| missing_between(&pair[0], &pair[1])).sum::<u64>();
+        let from = all.partition_point(|t| *t + MARGIN < at).saturating_sub(1);
+        let pauses = all[from..].windows(2).take_while(|pair| pair[1] <= at + MARGIN);
+        self.pauses.extend(pauses.map(|pair| ms(pair[0], pair[1])).max_by(f64::total_cmp));
+    }
+
+    fn sum_up(self) -> anyhow::Result<Windows> {
+        let missing = rounded(self.missing as f64 / self.gaps.len().max(1) as f64, 3);
+        Ok(Windows { gap_ms: Spread::of(self.gaps)?, pause_ms: Spread::of(self.pauses)?, missing })
+    }
 }
