@@ -4,13 +4,17 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench-swap demo build test lint setup setup-tests soak
+.PHONY: bench-swap deb demo build test lint setup setup-tests soak
 
 demo: build
 	target/release/noblink demo $(ARGS)
 
 build: setup
 	$(CARGO) build --release --locked
+
+# The Debian package, into target/debian.
+deb: build
+	scripts/package
 
 test: setup-tests lint
 	$(CARGO) test --locked

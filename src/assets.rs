@@ -28,8 +28,10 @@ pub fn find(relative: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// The folders with pipeline templates: beside the configuration, then what is shipped.
+/// The folders with pipeline templates: beside the configuration, `/etc/noblink` for those that an
+/// installed package is given, then what is shipped.
 pub fn templates(beside: Option<&Path>) -> Templates {
     let beside = beside.into_iter().map(PathBuf::from);
-    Templates { dirs: beside.chain(roots()).map(|r| r.join("pipelines")).collect() }
+    let own = [PathBuf::from("/etc/noblink")];
+    Templates { dirs: beside.chain(own).chain(roots()).map(|r| r.join("pipelines")).collect() }
 }

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tracing::error;
 
 use crate::config::{Broker, Config, External};
-use crate::control;
+use crate::control::{self, status::Reporter};
 use crate::mqtt::board::Board;
 use crate::mqtt::broker::EmbeddedBroker;
 use crate::mqtt::link::{Inbound, Link, LinkHandle, Settings};
@@ -27,6 +27,7 @@ pub struct Net {
     runtime: Handle,
     link: LinkHandle,
     broker: External,
+    reporter: Reporter,
 }
 
 impl Net {
@@ -43,6 +44,7 @@ impl Net {
             .build()
             .context("the network's runtime can't be built")?;
         let handle = runtime.handle().clone();
+        let told = (Arc::clone(&board), topics.clone());
         let (origin, topics) = (origin.clone(), topics.clone());
         let filters = vec![topics.commands().to_string(), topics.xfer_filter().to_string()];
         let broker = config.mqtt.broker.clone();
@@ -77,7 +79,8 @@ impl Net {
             .spawn(move || runtime.block_on(life))
             .context("the network's thread can't be started")?;
         let (link, broker) = started.recv().context("the network's thread ended")??;
-        Ok(Self { thread, runtime: handle, link, broker })
+        let reporter = Reporter::new(told.0, told.1, link.clone());
+        Ok(Self { thread, runtime: handle, link, broker, reporter })
     }
 
     /// The broker that the link uses.
@@ -88,7 +91,7 @@ impl Net {
     /// Serves the control socket on this thread, to the network's end.
     pub fn control(&self, path: &Path, desk: Arc<Desk>, size_max: u64) -> anyhow::Result<()> {
         let _runtime = self.runtime.enter();
-        self.runtime.spawn(control::serve(path, desk, size_max)?);
+        self.runtime.spawn(control::serve(path, desk, self.reporter.clone(), size_max)?);
         Ok(())
     }
 

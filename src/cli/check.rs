@@ -9,7 +9,7 @@ use super::{Failure, Outcome};
 use crate::assets;
 use crate::camera::probe;
 use crate::camera::templates::Templates;
-use crate::config::{Broker, Config, External};
+use crate::config::{Broker, Config, External, NO_CAMERA};
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
 use crate::model::runtime::Runtime;
@@ -28,6 +28,9 @@ pub(super) fn run(args: Args) -> Outcome {
     let config = Config::load(&args.config).map_err(anyhow::Error::from)?;
     let templates = assets::templates(args.config.parent());
     let mut sound = Findings::default();
+    if config.cameras.is_empty() {
+        println!("-        {NO_CAMERA}");
+    }
     if args.live {
         live(&config, &templates, &mut sound)?;
     } else {

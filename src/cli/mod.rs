@@ -8,6 +8,7 @@ mod probe;
 mod push;
 mod registry;
 mod run;
+mod status;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -36,6 +37,8 @@ enum Command {
     Demo(demo::Args),
     /// Check a configuration without starting anything
     Check(check::Args),
+    /// Show what the running service does: cameras, model, job, link. Exits with 1 when none answers
+    Status(status::Args),
     /// Look at a camera and print a [[camera]] block for it
     Probe(probe::Args),
     /// Look at models and send them
@@ -79,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Check(args) => check::run(args),
+        Command::Status(args) => status::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Model(command) => model::run(command),
         Command::Bench(command) => bench::run(command),

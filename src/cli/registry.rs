@@ -14,6 +14,10 @@ use crate::config::Config;
 use crate::control::client::Client;
 use crate::control::socket_path;
 
+/// Where the package keeps the configuration, and where its service has its socket.
+const INSTALLED_CONFIG: &str = "/etc/noblink/noblink.toml";
+const INSTALLED_SOCKET: &str = "/run/noblink/control.sock";
+
 /// Which service.
 #[derive(Debug, clap::Args)]
 pub(super) struct Service {
@@ -37,14 +41,14 @@ impl Service {
         Self { config, socket }
     }
 
-    fn socket(&self) -> anyhow::Result<PathBuf> {
-        if let Some(socket) = &self.socket {
-            return Ok(socket.clone());
-        }
-        let installed = Path::new("/run/noblink/control.sock");
-        match &self.config {
-            Some(config) => Ok(socket_path(&Config::load(config)?.device.state_dir)),
-            None => Ok(installed.to_owned()),
+    pub(super) fn socket(&self) -> anyhow::Result<PathBuf> {
+        match (&self.socket, &self.config) {
+            (Some(socket), _) => Ok(socket.clone()),
+            (None, Some(config)) if config != Path::new(INSTALLED_CONFIG) => {
+                Ok(socket_path(&Config::load(config)?.device.state_dir))
+            }
+            // The service's runtime directory is not in the environment of who asks.
+            _ => Ok(INSTALLED_SOCKET.into()),
         }
     }
 }

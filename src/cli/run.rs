@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::Outcome;
 use crate::app::App;
-use crate::config::Config;
+use crate::config::{Config, NO_CAMERA};
 use crate::signals::Signals;
 
 #[derive(Debug, clap::Args)]
@@ -16,6 +16,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args) -> Outcome {
     let config = Config::load(&args.config).map_err(anyhow::Error::from)?;
+    if config.cameras.is_empty() {
+        tracing::warn!("{NO_CAMERA}");
+    }
     let signals = Signals::install()?;
     let mut app = App::start(config)?;
     app.run(&signals, None);

@@ -17,6 +17,10 @@ use reader::{Reader, Section};
 use crate::camera::source::Source;
 use crate::vision::picture::Matrix;
 
+/// What to do about a configuration without cameras, such as the one that the package installs.
+pub const NO_CAMERA: &str = "no camera yet: `noblink probe URL` prints a [[camera]] section to add \
+     to the configuration; then `systemctl reload noblink`";
+
 /// Everything that the file says.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -24,7 +28,7 @@ pub struct Config {
     pub device: Device,
     /// `[mqtt]`
     pub mqtt: Mqtt,
-    /// `[[camera]]`, at least one.
+    /// `[[camera]]`; a service without one runs and says [`NO_CAMERA`].
     pub cameras: Vec<Camera>,
     /// `[inference]`
     pub inference: Inference,
@@ -233,7 +237,9 @@ impl Config {
         };
         let text = std::fs::read_to_string(path)
             .map_err(|e| one(format!("can't be read: {e}; name it with --config FILE")))?;
-        let base = path.parent().unwrap_or(Path::new("."));
+        // Absolute: the proving child works in a folder of its own.
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let base = absolute.parent().unwrap_or(Path::new("/"));
         Self::parse(&text, base).map_err(|problems| Invalid { file: file.clone(), problems })
     }
 
@@ -264,9 +270,6 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let cameras: Vec<_> = root.tables("camera").into_iter().map(camera).collect();
     let inference = inference(root.table_or_empty("inference"));
     let models = models::read(root.table_or_empty("models"));
-    if cameras.is_empty() {
-        root.problem("camera", "is missing: write one [[camera]] section per camera");
-    }
     // By the text: a camera that is refused for something else has its id all the same.
     let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
     let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
@@ -300,10 +303,10 @@ fn mqtt(mut s: Section<'_, '_>) -> Option<Mqtt> {
     let embedded = s.flag("embedded", false);
     let port = s.integer("embedded_port", 0..=65535, Some(1883));
     let username = s.string("username", "the broker's user name");
-    let password_file = s.path("password_file", None);
+    let password_file = s.secret("password_file");
     let ca_file = s.path("ca_file", None);
-    let cert = s.path("client_cert_file", None);
-    let key = s.path("client_key_file", None);
+    let cert = s.secret("client_cert_file");
+    let key = s.secret("client_key_file");
     let prefix = s.matching("prefix", "noblink", PREFIX_ALLOWED, is_prefix);
     let broker = match (&url, embedded) {
         (_, None) => None,

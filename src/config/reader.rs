@@ -39,13 +39,16 @@ pub struct Key {
 /// What all sections share.
 pub(super) struct Reader<'a> {
     base: &'a Path,
+    /// systemd's `$CREDENTIALS_DIRECTORY`.
+    credentials: Option<PathBuf>,
     problems: RefCell<Vec<Problem>>,
     keys: RefCell<Vec<Key>>,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(base: &'a Path) -> Self {
-        Self { base, problems: RefCell::default(), keys: RefCell::default() }
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+        Self { base, credentials, problems: RefCell::default(), keys: RefCell::default() }
     }
 
     pub(super) fn root<'t>(&'t self, table: &'t Table) -> Section<'t, 'a> {
@@ -209,6 +212,15 @@ impl<'t, 'a> Section<'t, 'a> {
             Some(Value::String(s)) if !s.is_empty() => Some(self.reader.base.join(s)),
             Some(other) => self.refuse(key, other, allowed),
         }
+    }
+
+    /// The path of a secret: when relative, that of systemd's credential of this name if there is
+    /// one, else taken from the configuration's folder.
+    pub(super) fn secret(&mut self, key: &str) -> Option<PathBuf> {
+        let path = self.path(key, None)?;
+        let name = self.table?.get(key)?.as_str()?;
+        let credential = self.reader.credentials.as_ref().map(|dir| dir.join(name));
+        Some(credential.filter(|file| file.is_file()).unwrap_or(path))
     }
 
     pub(super) fn flag(&mut self, key: &str, default: bool) -> Option<bool> {

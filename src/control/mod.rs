@@ -4,6 +4,7 @@
 //! `serve` runs on the network's thread; what touches the disk is handed to a blocking task.
 
 pub mod client;
+pub mod status;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use status::Reporter;
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
@@ -44,6 +46,7 @@ pub fn socket_path(state_dir: &Path) -> PathBuf {
 #[derive(Clone)]
 struct Shared {
     desk: Arc<Desk>,
+    reporter: Reporter,
     size_max: u64,
 }
 
@@ -54,6 +57,7 @@ struct Shared {
 pub fn serve(
     path: &Path,
     desk: Arc<Desk>,
+    reporter: Reporter,
     size_max: u64,
 ) -> anyhow::Result<impl Future<Output = ()> + Send + use<>> {
     // A socket that a dead process left behind; a living one has the registry open, and this
@@ -63,7 +67,7 @@ pub fn serve(
         .with_context(|| format!("the control socket {} can't be bound", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     listener.set_nonblocking(true)?;
-    let router = router(Shared { desk, size_max });
+    let router = router(Shared { desk, reporter, size_max });
     Ok(async move {
         let served = async { axum::serve(UnixListener::from_std(listener)?, router).await };
         if let Err(e) = served.await {
@@ -74,6 +78,7 @@ pub fn serve(
 
 fn router(shared: Shared) -> axum::Router {
     axum::Router::new()
+        .route("/api/v1/status", get(status))
         .route("/api/v1/models", get(models))
         .route("/api/v1/jobs/{id}", get(job))
         .route("/api/v1/models/push", post(push).layer(DefaultBodyLimit::disable()))
@@ -81,6 +86,10 @@ fn router(shared: Shared) -> axum::Router {
         .route("/api/v1/models/{verb}", post(verb))
         .layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX))
         .with_state(shared)
+}
+
+async fn status(State(shared): State<Shared>) -> Json<Value> {
+    Json(shared.reporter.report())
 }
 
 async fn models(State(shared): State<Shared>) -> Json<Value> {

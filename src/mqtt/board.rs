@@ -83,6 +83,11 @@ impl Board {
         }
     }
 
+    /// What is retained at `topic`.
+    pub fn retained(&self, topic: &str) -> Option<Arc<[u8]>> {
+        self.state().retained.get(topic).cloned()
+    }
+
     /// The next retained message to publish.
     pub fn next_retained(&self) -> Option<Notice> {
         let mut state = self.state();
