@@ -23,6 +23,7 @@ use crate::mqtt::board::Board;
 use crate::mqtt::outbox::{Bounds, Outbox};
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
+use crate::notify::Notifier;
 use crate::queue::{self, Intake, LaneSettings};
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::sampler::Sampler;
@@ -60,6 +61,7 @@ pub struct App {
     updater: Option<Updater>,
     net: Net,
     telemeter: Telemeter,
+    notifier: Notifier,
     said: Said,
 }
 
@@ -155,6 +157,7 @@ impl App {
         let mut app = Self {
             started_us: now_us(),
             telemeter: Telemeter::new(config.cameras.len()),
+            notifier: Notifier::default(),
             said: Said { cameras: vec![None; config.cameras.len()], ..Said::default() },
             config,
             origin,
@@ -224,6 +227,7 @@ impl App {
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
         }
+        self.notifier.tell(&snapshot, self.pulse.beats.load(Ordering::Relaxed));
         snapshot
     }
 
@@ -373,6 +377,7 @@ impl App {
     /// Stops everything, in the reverse order of the start, and returns the last snapshot.
     pub fn stop(mut self) -> Snapshot {
         info!("stopping");
+        self.notifier.stopping();
         self.cameras.iter().for_each(Camera::request_stop);
         let deadline = Instant::now() + CAMERAS_STOP;
         let statuses: Vec<_> = self.cameras.iter().map(Camera::status).collect();

@@ -17,6 +17,7 @@ pub mod meter;
 pub mod model;
 pub mod mqtt;
 pub mod net;
+pub mod notify;
 pub mod queue;
 pub mod records;
 pub mod rtsp;
