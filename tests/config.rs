@@ -199,7 +199,7 @@ const WRONG: &[Row] = &[
         Some("\"a/b\""),
         "mqtt.prefix = \"a/b\": must be 1 to 64 of a-z, A-Z, 0-9, _ and -",
     ),
-    (VALID, "camera", None, "camera is missing: write one [[camera]] section per camera"),
+    (VALID, "camera", Some("1"), "camera = 1: must be one or more sections [[camera]]"),
     (
         VALID,
         "camera.id",

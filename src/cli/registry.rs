@@ -14,9 +14,9 @@ use crate::config::Config;
 use crate::control::client::Client;
 use crate::control::socket_path;
 
-/// Where the package keeps the configuration, and where its service has its socket.
+/// Where the package keeps the configuration, and its service the socket.
 const INSTALLED_CONFIG: &str = "/etc/noblink/noblink.toml";
-const INSTALLED_SOCKET: &str = "/run/noblink/control.sock";
+const INSTALLED_RUNTIME: &str = "/run/noblink";
 
 /// Which service.
 #[derive(Debug, clap::Args)]
@@ -47,8 +47,8 @@ impl Service {
             (None, Some(config)) if config != Path::new(INSTALLED_CONFIG) => {
                 Ok(socket_path(&Config::load(config)?.device.state_dir))
             }
-            // The service's runtime directory is not in the environment of who asks.
-            _ => Ok(INSTALLED_SOCKET.into()),
+            // The service's runtime directory is rarely in the environment of who asks.
+            _ => Ok(socket_path(Path::new(INSTALLED_RUNTIME))),
         }
     }
 }

@@ -48,16 +48,19 @@ pub struct Service {
 
 impl Service {
     pub fn start(config: &str) -> Self {
+        Self::with(config, |_, _| {})
+    }
+
+    /// With files put into its folder and an environment of its own.
+    pub fn with(config: &str, prepare: impl FnOnce(&Path, &mut Command)) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let file = dir.path().join("noblink.toml");
         std::fs::write(&file, config).expect("the folder is ours");
         let log = std::fs::File::create(dir.path().join("log")).expect("the folder is ours");
-        let child = noblink(&["run", "--config"])
-            .arg(&file)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("the program was built");
+        let mut command = noblink(&["run", "--config"]);
+        command.arg(&file).stdout(Stdio::null()).stderr(log);
+        prepare(dir.path(), &mut command);
+        let child = command.spawn().expect("the program was built");
         Self { dir, child }
     }
 
