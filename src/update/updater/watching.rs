@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
 use super::super::event::{Event, Step};
+use super::super::failpoint;
 use super::super::job::Reason;
 use super::super::report;
 use super::super::steps;
@@ -90,7 +91,9 @@ impl Thread {
         match self.terminated {
             None => {
                 warn!("a run hangs for {:.1} s: it is asked to end", busy.as_secs_f64());
-                if let Some(model) = self.warm.get(&probation.digest) {
+                if let Some(model) = self.warm.get(&probation.digest)
+                    && !failpoint::leaves_out(failpoint::DEAF)
+                {
                     model.terminate();
                 }
                 self.terminated = Some(now);
