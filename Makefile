@@ -30,6 +30,6 @@ setup:
 setup-tests:
 	@scripts/setup --tests
 
-# Twelve minutes; SOAK_SECONDS=60 for a look.
+# Half an hour; SOAK_SECONDS=60 SOAK_KILLS=10 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1
