@@ -215,7 +215,7 @@ fn impostor(site: &Site, script: &str) -> Outcome {
     std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).expect("ours");
     std::fs::rename(&draft, &program).expect("ours");
     let shell = Limits { program, ..limits() };
-    proving::run(&asked(&site, &good()), &shell, &AtomicBool::new(false))
+    proving::run(&asked(site, &good()), &shell, &AtomicBool::new(false))
 }
 
 #[test]
