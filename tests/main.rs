@@ -4,6 +4,7 @@
 mod camera;
 mod cli;
 mod config;
+mod faults;
 mod fetch;
 mod gates;
 mod harness;

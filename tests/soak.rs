@@ -1,10 +1,12 @@
-//! `make soak`: RTSP cameras and an overloaded model, for long. Not part of `make test`, which holds
-//! a short form of it. `SOAK_SECONDS` changes the length. Prints what each camera got.
+//! `make soak`: RTSP cameras and an overloaded model, for long; a service that is killed over and
+//! over. Not part of `make test`, which holds short forms of it. `SOAK_SECONDS` and `SOAK_KILLS`
+//! change the length. Prints what each camera got, and how many kills were survived.
 #![allow(missing_docs, unreachable_pub, dead_code)]
 
 mod harness;
 
 use harness::camera::write_clip;
+use harness::kills::{at_failpoints, at_random};
 use harness::onnx::{Detector, Output};
 use harness::overload::{Codec, ONE_FAST_FIVE_SLOW, Run, Sender};
 use harness::service::noblink_output;
@@ -82,4 +84,15 @@ fn swaps_to_a_slower_model_and_another_layout() {
     let report =
         bench_swap([&quick, &slow], &["--swaps", "20", "--updates", "4", "--accept-slower", "20"]);
     assert_eq!(report["swaps"], 24);
+}
+
+#[test]
+fn a_service_that_is_killed_at_random_moments() {
+    let kills = std::env::var("SOAK_KILLS").map_or(200, |n| n.parse().expect("a number of kills"));
+    at_random(kills, 0x9e37_79b9_7f4a_7c15);
+}
+
+#[test]
+fn a_service_that_is_killed_at_every_failpoint_of_an_install() {
+    assert!(at_failpoints(1) > 30, "an install passes more");
 }

@@ -135,6 +135,19 @@ impl Subscriber {
         lines.iter().filter_map(|line| parse(line)).collect()
     }
 
+    /// The last message on a topic that ends so.
+    pub fn last(&self, end: &str) -> Option<Message> {
+        let lines = self.lines.lock().expect("the writer does not panic");
+        lines.iter().rev().filter_map(|line| parse(line)).find(|m| m.topic.ends_with(end))
+    }
+
+    /// The first message on a topic that ends so, with this in its payload.
+    pub fn first_with(&self, end: &str, text: &str) -> Option<Message> {
+        let lines = self.lines.lock().expect("the writer does not panic");
+        let of = lines.iter().filter(|line| line.contains(text));
+        of.filter_map(|line| parse(line)).find(|m| m.topic.ends_with(end))
+    }
+
     pub fn has(&self, topic: &str, payload: &str) -> bool {
         self.messages().iter().any(|m| m.topic == topic && m.payload == payload)
     }
