@@ -22,6 +22,7 @@ pub mod records;
 pub mod rtsp;
 pub mod signals;
 pub mod snapshot;
+pub mod text;
 pub mod update;
 pub mod vision;
 pub mod worker;
