@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: demo build test lint setup setup-tests soak
+.PHONY: demo build test lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -33,3 +33,7 @@ setup-tests:
 # Twelve minutes; SOAK_SECONDS=60 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1
+
+# Ten minutes for each target; FUZZ_SECONDS=60 for a look, TARGETS="onnx address" for some.
+fuzz: setup
+	@scripts/fuzz $(TARGETS)

@@ -16,14 +16,14 @@ mod child;
 mod confine;
 mod content;
 mod examine;
-mod folder;
+pub mod folder;
 mod frame;
 mod latency;
 pub mod proving;
 mod request;
 mod score;
 mod shift;
-mod wire;
+pub mod wire;
 
 use serde_json::{Value, json};
 
