@@ -6,6 +6,7 @@ mod cli;
 mod config;
 mod faults;
 mod fetch;
+mod fuzz;
 mod gates;
 mod harness;
 mod model;

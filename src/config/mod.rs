@@ -240,7 +240,13 @@ impl Config {
     /// Checks the text of a configuration; `base` is where its relative paths start.
     pub fn parse(text: &str, base: &Path) -> Result<Self, Vec<Problem>> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            vec![Problem { path: String::new(), message: format!("is not TOML: {e}") }]
+            // Not by the error's own words: they quote the line, which may hold a camera's login.
+            let before = &text[..e.span().map_or(0, |span| span.start.min(text.len()))];
+            let (line, column) = (before.matches('\n').count() + 1, before.lines().last());
+            let column = column.filter(|_| !before.ends_with('\n')).unwrap_or_default();
+            let column = column.chars().count() + 1;
+            let message = format!("is not TOML: line {line}, column {column}: {}", e.message());
+            vec![Problem { path: String::new(), message }]
         })?;
         let reader = Reader::new(base);
         let config = read(&reader, &table);
