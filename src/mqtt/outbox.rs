@@ -266,8 +266,6 @@ impl Outbox {
     /// All counters, of one instant.
     pub fn stats(&self) -> Stats {
         let state = self.state();
-        let stored = state.front.iter().filter(|e| e.stored).count()
-            + state.out.values().filter(|(_, stored)| *stored).count();
         let disk = state.disk.as_ref();
         Stats {
             pushed: state.pushed,
@@ -280,7 +278,7 @@ impl Outbox {
             bytes: state.bytes as u64,
             gaps: (state.gaps.0.len() + state.out.len() - state.out_records) as u64,
             dropped_by_camera: state.dropped.iter().map(|(c, n)| (c.to_string(), *n)).collect(),
-            spooled: state.unread.count() + stored as u64,
+            spooled: state.stored(),
             spool_bytes: disk.map_or(0, |d| d.bytes),
             disk_error: disk.and_then(Disk::trouble),
         }
@@ -319,6 +317,13 @@ impl State {
 
     fn waiting(&self) -> u64 {
         (self.front.len() + self.back.len()) as u64 + self.unread.count()
+    }
+
+    /// Records on disk that wait or are out.
+    pub(super) fn stored(&self) -> u64 {
+        let front = self.front.iter().filter(|e| e.stored).count();
+        let out = self.out.values().filter(|(_, stored)| *stored).count();
+        self.unread.count() + (front + out) as u64
     }
 
     /// Records in memory, those that are out included.

@@ -172,6 +172,18 @@ impl Spool {
         Ok(aside)
     }
 
+    /// Removes a closed database.
+    pub(super) fn remove(dir: &Path) -> Result<(), Trouble> {
+        let failed = |e| Trouble::Failed(format!("can't be removed: {e}"));
+        for suffix in ["-wal", "-shm", ""] {
+            match fs::remove_file(dir.join(format!("{FILE}{suffix}"))) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// What is in it, and the greatest ticket.
     pub(super) fn held(&self) -> Result<(Vec<Held>, i64), Trouble> {
         let sql = "SELECT camera, boot, min(seq), max(seq), count(*) FROM records \

@@ -176,6 +176,13 @@ impl Clerk {
     }
 
     fn work(&mut self, turn: Turn) -> Result<(), Trouble> {
+        if self.error.is_some() && self.is_worthless() {
+            // A full disk does not even let rows be erased.
+            self.spool = None;
+            Spool::remove(&self.settings.dir)?;
+            self.outbox.state().erase.clear();
+            (self.adopted, self.gaps) = (false, Some(Vec::new()));
+        }
         match &self.spool {
             // There may be nothing to write that would show whether it works again.
             Some(spool) if self.error.is_some() => spool.probe()?,
@@ -190,6 +197,12 @@ impl Clerk {
         }
         self.read()?;
         self.write(turn)
+    }
+
+    /// Whether nothing that is in the file is still to be sent.
+    fn is_worthless(&self) -> bool {
+        let state = self.outbox.state();
+        self.adopted && !state.is_forsaken() && state.stored() == 0
     }
 
     /// Tells the outbox what is in the file. `false`: not now.

@@ -12,6 +12,7 @@ use rusqlite::Connection;
 use crate::harness::link::{BOOT, ROOMY, Running, plain, spooler};
 use crate::harness::mosquitto::{Mosquitto, Subscriber};
 use crate::harness::outage::outages;
+use crate::harness::schema::{assert_valid, validator};
 use crate::harness::service::{Service, config, plates};
 use crate::harness::{free_port, until};
 
@@ -477,13 +478,6 @@ fn a_disk_without_room_is_named_and_memory_goes_on() {
     let seen = Subscriber::new("5", broker.port, "noblink/v1/test/#");
     let records = || seen.messages().iter().filter(|m| m.topic.ends_with("/detections")).count();
     until("more than the file holds", 30, || records() > 400);
-    let telemetry = |m: &crate::harness::mosquitto::Message| {
-        let value: serde_json::Value = serde_json::from_str(&m.payload).ok()?;
-        value["outbox"]["disk_error"].as_str().map(str::to_owned)
-    };
-    until("telemetry says so", 15, || {
-        seen.messages().iter().filter_map(telemetry).next().is_some()
-    });
     assert_eq!(service.stop().code(), Some(0), "{}", service.log());
     let mut seqs: Vec<u64> = seen
         .messages()
@@ -495,5 +489,29 @@ fn a_disk_without_room_is_named_and_memory_goes_on() {
         .collect();
     seqs.dedup();
     assert_eq!(seqs, (0..seqs.len() as u64).collect::<Vec<_>>());
-    assert_eq!(service.log().matches("records wait in memory").count(), 1, "said once");
+}
+
+#[test]
+fn a_file_that_can_not_be_made_is_said_once_and_in_telemetry() {
+    let broker = Mosquitto::start("");
+    let seen = Subscriber::new("5", broker.port, "noblink/v1/test/#");
+    let mqtt = format!("url = \"mqtt://127.0.0.1:{}\"", broker.port);
+    let cameras = [("gate", "test://?fps=5&width=160&height=128", "publish = \"all\"")];
+    // A folder stands where the file should.
+    let mut service = Service::start_after(
+        "mkdir -p \"$(dirname \"$3\")/state/outbox.db\"",
+        &config(&mqtt, &cameras, &plates()),
+    );
+    let schema = validator("telemetry");
+    until("telemetry says so", 30, || {
+        let messages = seen.messages();
+        let telemetry = messages.iter().find(|m| m.topic.ends_with("/telemetry"));
+        telemetry.is_some_and(|m| {
+            let outbox = &assert_valid(&schema, m)["outbox"];
+            outbox["disk_error"].as_str().is_some_and(|e| e.contains("can't be opened"))
+        })
+    });
+    assert!(seen.messages().iter().any(|m| m.topic.ends_with("/detections")));
+    assert_eq!(service.stop().code(), Some(0), "{}", service.log());
+    assert_eq!(service.log().matches("records wait in memory").count(), 1, "{}", service.log());
 }
