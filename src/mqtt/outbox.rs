@@ -42,7 +42,7 @@ use super::spool::{Held, Key};
 /// gone out after some 7 minutes, and neither broker nor network is flooded.
 const DRAIN_PER_S: f64 = 500.0;
 /// A disk that says nothing for so long is gone.
-const STUCK: Duration = Duration::from_secs(30);
+pub(super) const STUCK: Duration = Duration::from_secs(30);
 
 /// One message that must arrive.
 #[derive(Debug, Clone, PartialEq, Eq)]

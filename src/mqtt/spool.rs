@@ -24,8 +24,10 @@ const FORMAT: i64 = 1;
 const PAGE: u64 = 4096;
 /// The journal beside the database, which counts against the limit too.
 const JOURNAL: u64 = 8 << 20;
+/// Free pages that stay: the next outage takes them.
+const SPARE_PAGES: i64 = 256;
 /// Pages given back to the file system at once, when rows are gone.
-const SHRINK_PAGES: u64 = 2000;
+const SHRINK_PAGES: u64 = 4096;
 
 const TABLES: &str = "
 CREATE TABLE records (
@@ -318,15 +320,18 @@ impl Spool {
         Ok((self.bytes()? + more + more / 4).saturating_sub(self.max_bytes))
     }
 
-    /// Gives some pages that are free back to the file system, if there are many of them.
+    /// Gives some of the pages that are free back to the file system, if there are many of them.
     pub(super) fn shrink(&self) -> Result<(), Trouble> {
         let free: i64 = self.db.pragma_query_value(None, "freelist_count", |r| r.get(0))?;
-        if free as u64 > SHRINK_PAGES {
+        if free > SPARE_PAGES {
             // One page a step.
             let mut step =
                 self.db.prepare(&format!("PRAGMA incremental_vacuum({SHRINK_PAGES})"))?;
             let mut rows = step.query([])?;
             while rows.next()?.is_some() {}
+            drop(rows);
+            // The file gets shorter with what is in its journal, which goes too.
+            self.db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
         }
         Ok(())
     }

@@ -24,12 +24,12 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tracing::{error, info, warn};
 
 use super::gaps::{Gap, Reason};
-use super::outbox::{Bounds, Cargo, Outbox, Record, State};
+use super::outbox::{Bounds, Cargo, Outbox, Record, STUCK, State};
 pub use super::spool::Durability;
 use super::spool::{Spool, Trouble};
 
 const TICK: Duration = Duration::from_millis(100);
-const TICKS_A_SECOND: u32 = 10;
+const TICKS_A_SECOND: u64 = 10;
 const RETRY: Duration = Duration::from_secs(5);
 const UNREADABLE: Duration = Duration::from_secs(10);
 /// How long a stop waits for the disk.
@@ -139,7 +139,7 @@ impl Clerk {
     }
 
     fn run(mut self, stopped: &Receiver<()>) {
-        for tick in 1_u32.. {
+        for tick in 1_u64.. {
             let second = tick.is_multiple_of(TICKS_A_SECOND);
             self.turn(if second { Turn::Second } else { Turn::Tick });
             if stopped.recv_timeout(TICK) != Err(RecvTimeoutError::Timeout) {
@@ -149,6 +149,7 @@ impl Clerk {
     }
 
     fn turn(&mut self, turn: Turn) {
+        let began = Instant::now();
         let resting = turn != Turn::Last && self.retry_at.is_some_and(|at| Instant::now() < at);
         // Reading goes on while there is no room to write.
         let done = if resting { self.read() } else { self.work(turn) };
@@ -163,12 +164,20 @@ impl Clerk {
             Err(Trouble::Failed(why)) => self.failed(why),
             Err(Trouble::Damaged(why)) => self.replace(&why),
         }
+        if began.elapsed() > STUCK {
+            let (path, s) = (Spool::path(&self.settings.dir), began.elapsed().as_secs());
+            warn!("outbox: {}: the disk did not answer for {s} s", path.display());
+        }
         let bytes = match (&self.spool, turn) {
             (Some(spool), Turn::Second | Turn::Last) => spool.bytes().ok(),
             _ => None,
         };
         let mut state = self.outbox.state();
         state.beat(bytes, self.error.as_deref());
+        let left = unwritten(&state).count();
+        if turn == Turn::Last && left > 0 {
+            warn!("outbox: {left} records are lost: they were neither delivered nor written");
+        }
         self.adopted &= !state.is_forsaken();
         drop(state);
         // The budget for records from disk has grown, too.

@@ -278,7 +278,10 @@ pub(super) fn inbound(publish: Publish) -> Option<Inbound> {
     })
 }
 
-/// Everything that CONNECT says, with password and certificates as they are now.
+/// Everything that CONNECT says, with password and certificates as they are now. No topic aliases,
+/// no QoS 2 and no manual acknowledgements: rumqttc keeps the first over connections, leaks the
+/// second, and queues the third behind what is published. The limit of messages that are out is also
+/// the length of a table that it makes for each connection: 14 MB by default.
 fn options(hello: &Hello<'_>) -> Result<MqttOptions, String> {
     let broker = hello.broker;
     let mut options = MqttOptions::new(hello.client_id, &broker.host, broker.port);
