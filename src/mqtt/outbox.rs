@@ -21,7 +21,7 @@
 //! While the broker takes what comes, the middle is empty, `back` is where the link takes from, and
 //! nothing is written. The `spooler` writes what has waited for a second, reads the middle back into
 //! `front`, and erases what was settled. It owns the file; this file does no I/O, and whoever holds
-//! its lock moves pointers. Records that were on disk go at [`DRAIN_PER_S`] beside what comes in.
+//! its lock moves pointers. Records that were on disk go at `DRAIN_PER_S` beside what comes in.
 //!
 //! Full, it gives up the oldest record that is not out, counts it by camera and remembers the range
 //! of `seq`; the link announces that range before anything else.

@@ -443,7 +443,9 @@ fn settle(state: &mut State, bounds: Bounds, written: &[(i64, Arc<Record>)]) {
         }
     }
     let Some((last, _)) = written.last() else { return };
-    while let Some(mut entry) = state.back.pop_front_if(|e| e.ticket <= *last) {
+    while state.back.front().is_some_and(|e| e.ticket <= *last)
+        && let Some(mut entry) = state.back.pop_front()
+    {
         entry.stored = true;
         let room = state.front.len() < bounds.records / FRONT_MAX
             && state.bytes_in_memory() < bounds.bytes / FRONT_MAX;
