@@ -409,9 +409,21 @@ const WRONG: &[Row] = &[
     ),
     (
         VALID,
+        "outbox.max_mb",
+        Some("8"),
+        "outbox.max_mb = 8: must be a whole number from 16 to 1000000",
+    ),
+    (
+        VALID,
+        "outbox.durability",
+        Some("\"sometimes\""),
+        "outbox.durability = \"sometimes\": must be one of \"memory\", \"always\"",
+    ),
+    (
+        VALID,
         "web.listen",
         Some("\"x\""),
-        "web is not a known key; known here: device, mqtt, camera, inference, models",
+        "web is not a known key; known here: device, mqtt, camera, inference, models, outbox",
     ),
 ];
 

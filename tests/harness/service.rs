@@ -44,9 +44,10 @@ pub fn plates() -> String {
 const BOOT: &str = ", boot ";
 
 /// One life in this folder; its log goes on where the last one's ended.
-fn run(dir: &Path, env: &[(&str, &str)]) -> Child {
+fn run(mut command: Command, dir: &Path, env: &[(&str, &str)]) -> Child {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("log"));
-    noblink(&["run", "--config"])
+    command
+        .args(["run", "--config"])
         .arg(dir.join("noblink.toml"))
         .envs(env.iter().copied())
         .stdout(Stdio::null())
@@ -71,7 +72,7 @@ impl Service {
     /// In a folder that may hold what another life left.
     pub fn start_in(dir: tempfile::TempDir, config: &str, env: &[(&str, &str)]) -> Self {
         std::fs::write(dir.path().join("noblink.toml"), config).expect("the folder is ours");
-        let child = run(dir.path(), env);
+        let child = run(noblink(&[]), dir.path(), env);
         Self { dir, child, told: 0 }
     }
 
@@ -79,7 +80,7 @@ impl Service {
     pub fn again(&mut self, env: &[(&str, &str)]) {
         assert!(self.ended().is_some(), "the last life goes on");
         self.told = self.log().matches(BOOT).count();
-        self.child = run(self.dir.path(), env);
+        self.child = run(noblink(&[]), self.dir.path(), env);
     }
 
     /// What tells the records of this life from those of others.
@@ -108,6 +109,17 @@ impl Service {
     /// Where it keeps models.
     pub fn state_dir(&self) -> PathBuf {
         self.dir.path().join("state")
+    }
+
+    /// By a shell that prepares the ground: `setup` stands before `exec`.
+    pub fn start_after(setup: &str, config: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        std::fs::write(dir.path().join("noblink.toml"), config).expect("the folder is ours");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]);
+        shell.arg(env!("CARGO_BIN_EXE_noblink"));
+        let child = run(shell, dir.path(), &[]);
+        Self { dir, child, told: 0 }
     }
 
     pub fn log(&self) -> String {
@@ -147,6 +159,7 @@ impl Service {
     }
 }
 
+/// `noblink run`, its log appended to the file `log`.
 impl Drop for Service {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {

@@ -239,5 +239,5 @@ pub(super) fn job_record(origin: &Origin, job: &Job) -> Value {
 /// A record that belongs to no camera: it has no number and no gap is announced for it.
 pub(super) fn unnumbered(topic: Arc<str>, value: &Value) -> Record {
     let payload = serde_json::to_vec(value).expect("JSON becomes JSON");
-    Record { camera: "".into(), seq: 0, topic, payload }
+    Record { camera: "".into(), boot: "".into(), seq: 0, topic, payload }
 }
