@@ -70,8 +70,9 @@ fn reason(job: &Value) -> (&str, &str) {
 fn the_same_command_again_and_those_of_last_week_change_nothing() {
     let mut bench = Bench::start("probation_s = 0");
     let wanted = model("wanted");
-    bench.desire("d1", &wanted, true, &json!({ "sequence": 10 }));
-    bench.line.reached("d1", "receiving");
+    let first =
+        bench.answer("d1", || bench.desire("d1", &wanted, true, &json!({ "sequence": 10 })));
+    assert_eq!(first["result"], "accepted", "{first}");
     let same = bench.answer("d1", || bench.desire("d1", &wanted, true, &json!({ "sequence": 10 })));
     assert_eq!(same["result"], "same", "{same}");
     assert_eq!(bench.line.over("d1")["state"], "SUCCEEDED");

@@ -280,7 +280,7 @@ fn every_bad_model_is_refused_for_its_own_reason_and_nothing_else_happens() {
         bench.refused((row, format!("<html>{row}</html>").into_bytes(), Push, "not_onnx"));
     }
     let id = bench.send(changed("the fifth", |_| {}), &Push);
-    until("the good one waits", 60, || bench.line.job(&id)["phase"] == "awaiting_confirm");
+    bench.line.reached(&id, "awaiting_confirm");
     assert_eq!(bench.line.job(&id)["ask"]["code"], "breaker_open");
     assert_eq!(bench.line.state()["active"], before);
     let canceled = bench.line.order("cancel", &json!({ "id": "no", "job": id }));

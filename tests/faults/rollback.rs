@@ -7,7 +7,7 @@ use gst::prelude::*;
 use noblink::update::failpoint::{DEAF, VARIABLE};
 use serde_json::{Value, json};
 
-use crate::harness::line::Line;
+use crate::harness::line::{Line, PROVED_S};
 use crate::harness::mosquitto::Mosquitto;
 use crate::harness::onnx::{Detector, Fault, Output};
 use crate::harness::service::shipped;
@@ -190,7 +190,7 @@ fn a_hang_within_a_kernel_ends_the_process_and_the_model_before_starts() {
     line.put_in("next.onnx", &bad);
     let id = line.job_of("next.onnx");
     let mut status = None;
-    until("the process ends itself", 60, || {
+    until("the process ends itself", PROVED_S, || {
         status = line.service.ended();
         status.is_some()
     });

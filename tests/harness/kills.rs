@@ -10,7 +10,7 @@ use noblink::update::failpoint::VARIABLE;
 use noblink::update::job::{JobState, State};
 use serde_json::{Value, json};
 
-use super::line::Line;
+use super::line::{Line, PROVED_S};
 use super::onnx::{Detector, Fault, Output};
 use super::service::Service;
 use super::store::{check, copy_dir, open};
@@ -92,7 +92,7 @@ pub fn at_random(kills: usize, seed: u64) {
     }
     // I8: whatever the last kill left, the next good one goes live.
     first_record(&mut line);
-    until("nothing is left to do", 60, || line.state()["job"].is_null());
+    until("nothing is left to do", PROVED_S, || line.state()["job"].is_null());
     close_breaker(&line);
     let last = model("last").bytes();
     drop_into(&line.inbox(), "last", &last, 1 << 40);
@@ -195,7 +195,7 @@ pub fn at_failpoints(stride: usize) -> usize {
             let state = line.state();
             state["job"].is_null() && state["active"]["sha256"] == wanted
         };
-        until("the next life finishes what was begun", 60, || done(&line));
+        until("the next life finishes what was begun", PROVED_S, || done(&line));
         line.until_record("a record by it", 20, |r| r["model"]["sha256"] == wanted);
         assert_eq!(line.service.stop().code(), Some(0), "cut {cut}");
         let state = check(&line.service.state_dir());
@@ -215,7 +215,7 @@ pub fn at_failpoints(stride: usize) -> usize {
 /// A life that is to install what lies in its inbox and then stop; whether it lived to its end.
 fn run_and_stop(line: &mut Line) -> bool {
     let mut ended = None;
-    until("it has installed the model, or is dead", 60, || {
+    until("it has installed the model, or is dead", PROVED_S, || {
         ended = line.service.ended();
         ended.is_some() || line.service.log().contains("SUCCEEDED committed")
     });

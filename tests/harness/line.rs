@@ -14,6 +14,9 @@ use super::schema::{assert_valid, validator};
 use super::service::{Service, config, noblink_output, shipped};
 use super::until;
 
+/// A proving child is nice: on a machine at work it gets a small share of it.
+pub const PROVED_S: u64 = 240;
+
 pub struct Line {
     pub service: Service,
     pub subscriber: Subscriber,
@@ -86,7 +89,7 @@ impl Line {
     /// The job's last word.
     pub fn ended(&self, id: &str) -> Value {
         let mut last = Value::Null;
-        until(&format!("the end of job {id}"), 60, || {
+        until(&format!("the end of job {id}"), PROVED_S, || {
             let jobs = self.messages(&format!("/models/jobs/{id}"));
             last = jobs.last().cloned().unwrap_or_default();
             is_over(&last)
@@ -172,7 +175,7 @@ impl Line {
     /// Waits for the end of a job, by the control socket.
     pub fn over(&self, id: &str) -> Value {
         let mut job = Value::Null;
-        until(&format!("the end of job {id}"), 60, || {
+        until(&format!("the end of job {id}"), PROVED_S, || {
             job = self.job(id);
             is_over(&job)
         });
@@ -181,7 +184,7 @@ impl Line {
 
     /// Waits until a job has come to this phase.
     pub fn reached(&self, id: &str, phase: &str) {
-        until(&format!("job {id} in {phase}"), 60, || {
+        until(&format!("job {id} in {phase}"), PROVED_S, || {
             let job = self.job(id);
             let mut entered = job["entered"].as_array().into_iter().flatten();
             let there = entered.any(|e| e[0] == phase);
