@@ -29,10 +29,13 @@ fn start(dir: &Path) -> (Arc<Outbox>, Spooler) {
     (outbox, spooler)
 }
 
+/// By camera and life.
+type Seqs = BTreeMap<(String, String), Vec<u64>>;
+
 /// Takes and acknowledges until nothing is left: the `seq` of each camera and life, in order, and
 /// the gaps.
-fn drain(outbox: &Outbox, seconds: u64) -> (BTreeMap<(String, String), Vec<u64>>, Vec<Gap>) {
-    let (mut seqs, mut gaps) = (BTreeMap::new(), Vec::new());
+fn drain(outbox: &Outbox, seconds: u64) -> (Seqs, Vec<Gap>) {
+    let (mut seqs, mut gaps) = (Seqs::new(), Vec::new());
     until("everything is taken", seconds, || {
         while let Some(loan) = outbox.take() {
             match loan.cargo {
