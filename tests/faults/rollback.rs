@@ -219,6 +219,25 @@ fn a_hang_within_a_kernel_ends_the_process_and_the_model_before_starts() {
     line.stop();
 }
 
+/// It was committed long ago, and there may be none before it: the frame fails, the next are served.
+#[test]
+fn a_committed_model_that_hangs_loses_the_frame_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let factory = blobs("1", 0, Fault::Hang).write(dir.path(), "blobs.onnx");
+    let shown = (&[("black", 20), ("blue", 1)][..], 10);
+    let url = format!("file://{}", clip(dir.path(), shown).display());
+    let mut line = Line::with(&url, "loop = true", &factory, "");
+    let failed = || {
+        let records = line.messages("/detections");
+        records.iter().map(|r| r["since"]["failed"].as_u64().unwrap()).sum::<u64>()
+    };
+    until("two blue frames have failed, and others came after them", 40, || failed() >= 2);
+    assert!(longest_gap_s(&line.messages("/detections")) < 4.0);
+    let log = line.service.log();
+    assert!(log.contains("a run hangs for 1."), "{log}");
+    line.stop();
+}
+
 /// On probation the model before is warm: the command takes effect between two frames.
 #[test]
 fn a_rollback_by_hand_takes_effect_at_the_next_frame() {
