@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench-swap deb demo build test lint setup setup-tests soak
+.PHONY: bench-swap deb demo build test lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -47,6 +47,10 @@ bench-swap: build
 	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
 	fi
 
-# Twelve minutes; SOAK_SECONDS=60 for a look.
+# Half an hour; SOAK_SECONDS=60 SOAK_KILLS=10 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1
+
+# Ten minutes for each target; FUZZ_SECONDS=60 for a look, TARGETS="onnx address" for some.
+fuzz: setup
+	@scripts/fuzz $(TARGETS)

@@ -1,8 +1,9 @@
 //! Builds, runs and stops the service. Every thread is started and joined here or by what is
 //! started here.
 //!
-//! Start: network (broker, link) → updater with the first model → worker → cameras, so that whoever
-//! produces finds whoever consumes. Stop: the reverse. A start that fails half-way stops what it started.
+//! Start: spooler → network (broker, link) → updater with the first model → worker → cameras, so
+//! that whoever produces finds whoever consumes. Stop: the reverse. A start that fails half-way
+//! stops what it started.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,6 +22,7 @@ use crate::model::runtime::Runtime;
 use crate::model::slot::Slot;
 use crate::mqtt::board::Board;
 use crate::mqtt::outbox::{Bounds, Outbox};
+use crate::mqtt::spooler::{self, Spooler};
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
 use crate::notify::Notifier;
@@ -34,7 +36,7 @@ use crate::vision::nms;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
 use crate::{affinity, assets};
 
-/// What may wait for the broker: some minutes of a busy box, in memory.
+/// What may wait for the broker in memory; more waits on disk.
 pub const OUTBOX: Bounds = Bounds { records: 20_000, bytes: 32 << 20 };
 
 /// Longest time that the cameras may take to stop, together.
@@ -60,6 +62,7 @@ pub struct App {
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
     net: Net,
+    spooler: Spooler,
     telemeter: Telemeter,
     notifier: Notifier,
     said: Said,
@@ -101,7 +104,22 @@ impl App {
         let topics = Topics::new(&config.mqtt.prefix, &config.device.id);
         let outbox = Arc::new(Outbox::new(OUTBOX));
         let board = Arc::new(Board::new());
-        let net = Net::start(&config, &origin, &topics, Arc::clone(&outbox), Arc::clone(&board))?;
+        let spool = spooler::Settings {
+            dir: config.device.state_dir.clone(),
+            max_bytes: config.outbox.max_bytes,
+            durability: config.outbox.durability,
+        };
+        let spooler = Spooler::start(Arc::clone(&outbox), spool)
+            .context("the outbox's thread can't be started")?;
+        let started =
+            Net::start(&config, &origin, &topics, Arc::clone(&outbox), Arc::clone(&board));
+        let net = match started {
+            Ok(net) => net,
+            Err(e) => {
+                spooler.stop();
+                return Err(e);
+            }
+        };
 
         let settings: Vec<LaneSettings> = config
             .cameras
@@ -131,6 +149,7 @@ impl App {
             Ok(updater) => updater,
             Err(e) => {
                 net.stop();
+                spooler.stop();
                 return Err(e);
             }
         };
@@ -175,6 +194,7 @@ impl App {
             worker: None,
             updater,
             net,
+            spooler,
         };
         if let Err(e) = app.start_threads(worker, inlets) {
             app.stop();
@@ -399,6 +419,7 @@ impl App {
         let mut last = self.snapshot_with(statuses.into_iter());
         self.publish_telemetry(&last);
         last.link = self.net.stop();
+        self.spooler.stop();
         last.outbox = self.outbox.stats();
         info!("stopped");
         last

@@ -24,6 +24,7 @@ pub mod rtsp;
 pub mod sampler;
 pub mod signals;
 pub mod snapshot;
+pub mod text;
 pub mod update;
 pub mod vision;
 pub mod worker;

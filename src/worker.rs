@@ -110,7 +110,8 @@ impl Worker {
         cameras: &[config::Camera],
         inference: &config::Inference,
     ) -> Self {
-        let lens = |c: &config::Camera| Lens::new(c, inference.confidence, topics);
+        let boot: Arc<str> = origin.boot.as_str().into();
+        let lens = |c: &config::Camera| Lens::new(c, &boot, inference.confidence, topics);
         let cameras = cameras.iter().map(lens).collect();
         let iou = inference.iou;
         let found = Vec::new();
@@ -215,6 +216,7 @@ impl Latency {
 /// How one camera's frames are looked at and told: its settings, and what was told so far.
 struct Lens {
     id: Arc<str>,
+    boot: Arc<str>,
     topic: Arc<str>,
     confidence: f32,
     publish: Publish,
@@ -232,9 +234,10 @@ struct Lens {
 }
 
 impl Lens {
-    fn new(camera: &config::Camera, confidence: f32, topics: &Topics) -> Self {
+    fn new(camera: &config::Camera, boot: &Arc<str>, confidence: f32, topics: &Topics) -> Self {
         Self {
             id: camera.id.as_str().into(),
+            boot: Arc::clone(boot),
             topic: topics.detections(&camera.id),
             confidence: camera.confidence.unwrap_or(confidence),
             publish: camera.publish,
@@ -329,6 +332,7 @@ impl Lens {
             objects: objects.collect(),
         })
         .expect("numbers, strings and lists always become JSON");
-        Record { camera: Arc::clone(&self.id), seq, topic: Arc::clone(&self.topic), payload }
+        let (camera, boot) = (Arc::clone(&self.id), Arc::clone(&self.boot));
+        Record { camera, boot, seq, topic: Arc::clone(&self.topic), payload }
     }
 }

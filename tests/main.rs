@@ -4,7 +4,9 @@
 mod camera;
 mod cli;
 mod config;
+mod faults;
 mod fetch;
+mod fuzz;
 mod gates;
 mod harness;
 mod model;

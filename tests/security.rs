@@ -55,10 +55,9 @@ fn no_secret_is_said_by_any_way_out() {
     ];
     let subscriber = Subscriber::new("5", broker.port, "#");
     let text = config(&broker_of(&broker), &cameras, &plates());
-    let mut service = Service::with(&text, |dir, command| {
-        std::fs::write(dir.join("mqtt-password"), BROKER_SECRET).unwrap();
-        command.env("NOBLINK_LOG", "trace");
-    });
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("mqtt-password"), BROKER_SECRET).unwrap();
+    let mut service = Service::start_in(dir, &text, &[("NOBLINK_LOG", "trace")]);
     service.says("camera known: streaming", 40);
     service.says("camera wrong: backoff", 40);
     service.says("camera query: backoff", 40);
@@ -101,10 +100,10 @@ fn a_credential_of_systemd_is_the_password() {
     let credentials = tempfile::tempdir().unwrap();
     std::fs::write(credentials.path().join("mqtt-password"), BROKER_SECRET).unwrap();
     let text = config(&broker_of(&broker), &[("bars", "test://", "")], "");
-    let mut service = Service::with(&text, |dir, command| {
-        std::fs::write(dir.join("mqtt-password"), "an old one").unwrap();
-        command.env("CREDENTIALS_DIRECTORY", credentials.path());
-    });
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("mqtt-password"), "an old one").unwrap();
+    let path = credentials.path().to_str().unwrap();
+    let mut service = Service::start_in(dir, &text, &[("CREDENTIALS_DIRECTORY", path)]);
     until("online", 20, || subscriber.has("noblink/v1/test/availability", "online"));
     assert_eq!(service.stop().code(), Some(0));
 }
