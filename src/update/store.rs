@@ -13,6 +13,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use sha2::{Digest as _, Sha256};
 
@@ -139,6 +140,9 @@ pub struct Store {
     blobs: PathBuf,
     staging: PathBuf,
     reserve: u64,
+    /// Blobs that were put in without a job that names them: whoever put them in is about to make
+    /// one. They are not collected before [`Store::settle`].
+    unnamed: Arc<Mutex<BTreeSet<Digest>>>,
 }
 
 /// A complete blob.
@@ -153,8 +157,12 @@ pub struct Blob {
 impl Store {
     /// Opens, or makes, the store in `state_dir`; `reserve` bytes of its file system stay free.
     pub fn open(state_dir: &Path, reserve: u64) -> Result<Self, StoreError> {
-        let store =
-            Self { blobs: state_dir.join("blobs"), staging: state_dir.join("staging"), reserve };
+        let store = Self {
+            blobs: state_dir.join("blobs"),
+            staging: state_dir.join("staging"),
+            reserve,
+            unnamed: Arc::default(),
+        };
         for dir in [&store.blobs, &store.staging] {
             let mut builder = fs::DirBuilder::new();
             builder.recursive(true).mode(0o750);
@@ -167,6 +175,15 @@ impl Store {
     /// Where the blob lies, or would lie.
     pub fn path(&self, digest: &Digest) -> PathBuf {
         self.blobs.join(format!("sha256-{digest}"))
+    }
+
+    /// A job names the blob now, or never will: from now on the state alone says what is kept.
+    pub fn settle(&self, digest: &Digest) {
+        self.unnamed().remove(digest);
+    }
+
+    fn unnamed(&self) -> MutexGuard<'_, BTreeSet<Digest>> {
+        self.unnamed.lock().expect("nothing panics while it holds the unnamed")
     }
 
     /// Whether the blob is there.
@@ -250,11 +267,15 @@ impl Store {
     pub fn collect(&self, keep: &BTreeSet<Digest>, nameless: bool) -> Result<usize, StoreError> {
         let mut removed = 0;
         failpoint::hit("store.before_collect");
-        for digest in self.list()?.iter().filter(|d| !keep.contains(d)) {
+        // Held meanwhile: none of them comes to be between the look and the removal.
+        let unnamed = self.unnamed();
+        let wanted = |d: &&Digest| keep.contains(*d) || unnamed.contains(*d);
+        for digest in self.list()?.iter().filter(|d| !wanted(d)) {
             let path = self.path(digest);
             fs::remove_file(&path).map_err(StoreError::io(&path))?;
             removed += 1;
         }
+        drop(unnamed);
         let staged = fs::read_dir(&self.staging).map_err(StoreError::io(&self.staging))?;
         for path in staged.flatten().map(|e| e.path()) {
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
@@ -360,6 +381,9 @@ impl Part {
         self.file.set_permissions(read_only).map_err(StoreError::io(&self.path))?;
         self.file.sync_all().map_err(StoreError::io(&self.path))?;
         failpoint::hit("store.part_synced");
+        if wanted.is_none() {
+            self.store.unnamed().insert(found);
+        }
         // Over an existing blob too: a damaged one is repaired by sending it again.
         fs::rename(&self.path, &target).map_err(StoreError::io(&target))?;
         failpoint::hit("store.renamed");

@@ -19,7 +19,9 @@ use crate::harness::store::open;
 fn put(store: &Store, bytes: &[u8]) -> Digest {
     let mut part = store.stage(bytes.len() as u64, 1 << 20).unwrap();
     part.write(bytes).unwrap();
-    part.finish(None).unwrap().digest
+    let digest = part.finish(None).unwrap().digest;
+    store.settle(&digest);
+    digest
 }
 
 fn names(dir: &Path) -> Vec<String> {
@@ -136,6 +138,22 @@ fn space_is_asked_for_before_a_byte_is_written() {
         source: std::io::Error::from_raw_os_error(5),
     };
     assert_eq!(full.code(), "storage_failed");
+}
+
+/// A file that was just sent, whose job is made in a moment, while another job ends.
+#[test]
+fn collection_keeps_what_came_in_until_a_job_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut keeper = open(dir.path());
+    start(&mut keeper);
+    let mut part = keeper.store().stage(3, 1 << 20).unwrap();
+    part.write(b"new").unwrap();
+    let blob = part.finish(None).unwrap();
+    keeper.collect().unwrap();
+    assert!(keeper.store().contains(&blob.digest));
+    keeper.store().settle(&blob.digest);
+    keeper.collect().unwrap();
+    assert!(!keeper.store().contains(&blob.digest), "no job wanted it");
 }
 
 #[test]

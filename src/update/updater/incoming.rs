@@ -229,6 +229,9 @@ impl Thread {
             accept_slower: wish.accept_slower,
         };
         self.handle(Event::Install { now, command: Box::new(command), admission });
+        if let Some(digest) = digest {
+            self.keeper.store().settle(&digest);
+        }
     }
 }
 
