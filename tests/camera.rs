@@ -561,8 +561,8 @@ fn the_status_has_its_names_on_the_wire() {
     assert_eq!(status["clock"], "arrival");
     assert_eq!(status["stream"]["fps"], 20.0);
     let keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
-    let wanted = "attempt clock clock_offset_ms connects leaked_pipelines reason retry_in_s \
-                  since_us state stream";
+    let wanted = "attempt clock clock_offset_ms connects leaked_pipelines leaked_supervisors reason \
+                  retry_in_s since_us state stream";
     assert_eq!(keys.join(" "), wanted);
 }
 

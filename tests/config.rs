@@ -199,7 +199,6 @@ const WRONG: &[Row] = &[
         Some("\"a/b\""),
         "mqtt.prefix = \"a/b\": must be 1 to 64 of a-z, A-Z, 0-9, _ and -",
     ),
-    (VALID, "camera", None, "camera is missing: write one [[camera]] section per camera"),
     (
         VALID,
         "camera.id",
@@ -461,6 +460,25 @@ fn all_problems_are_reported_at_once() {
     let problems = Config::parse(text, Path::new(".")).unwrap_err();
     let paths: Vec<_> = problems.iter().map(|p| p.path.as_str()).collect();
     assert_eq!(paths, ["device.id", "mqtt.url", "camera[0].url", "camera[0].queue"]);
+}
+
+#[test]
+fn a_fresh_box_has_no_camera() {
+    assert_eq!(problems(VALID, "camera", None), [""; 0]);
+}
+
+#[test]
+fn what_differs_beside_the_cameras_is_listed_by_its_keys() {
+    let parse = |text: &str| Config::parse(text, Path::new("/")).unwrap();
+    let other = CALIBRATED.replace("test://", "test://?fps=5").replace("edge-1", "edge-2")
+        + "min_recall = 0.9\n[inference]\nthreads = 1\n";
+    let (before, after) = (parse(CALIBRATED), parse(&other));
+    assert_eq!(
+        before.differs_beside_cameras(&after),
+        ["device.id", "inference.threads", "models.calibration.min_recall"]
+    );
+    let cameras = CALIBRATED.replace("test://", "test://?fps=5");
+    assert_eq!(before.differs_beside_cameras(&parse(&cameras)), [""; 0]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod camera;
 mod cli;
 mod config;
 mod fetch;
+mod fleet;
 mod gates;
 mod harness;
 mod model;

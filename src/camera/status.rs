@@ -26,6 +26,8 @@ pub enum State {
     Ended,
     /// Switched off.
     Disabled,
+    /// Not in the configuration any more; the last word on it.
+    Removed,
 }
 
 impl State {
@@ -38,6 +40,7 @@ impl State {
             Self::Backoff => "backoff",
             Self::Ended => "ended",
             Self::Disabled => "disabled",
+            Self::Removed => "removed",
         }
     }
 }
@@ -94,6 +97,8 @@ pub struct CameraStatus {
     pub connects: u64,
     /// Pipelines that were given up because they could not be taken down in time, and still are.
     pub leaked_pipelines: u64,
+    /// Supervisors that were stuck, or broke, and were replaced.
+    pub leaked_supervisors: u64,
 }
 
 impl CameraStatus {

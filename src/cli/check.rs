@@ -28,6 +28,9 @@ pub(super) fn run(args: Args) -> Outcome {
     let config = Config::load(&args.config).map_err(anyhow::Error::from)?;
     let templates = assets::templates(args.config.parent());
     let mut sound = Findings::default();
+    if config.cameras.is_empty() {
+        println!("-        no camera: `noblink probe rtsp://…` prints a [[camera]] section");
+    }
     if args.live {
         live(&config, &templates, &mut sound)?;
     } else {

@@ -7,6 +7,7 @@
 mod models;
 mod reader;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -24,12 +25,14 @@ pub struct Config {
     pub device: Device,
     /// `[mqtt]`
     pub mqtt: Mqtt,
-    /// `[[camera]]`, at least one.
+    /// `[[camera]]`; a fresh box has none.
     pub cameras: Vec<Camera>,
     /// `[inference]`
     pub inference: Inference,
     /// `[models]`
     pub models: Models,
+    /// The text of all that but the cameras.
+    rest: toml::Table,
 }
 
 /// `[device]`: who this box is and where it keeps what must outlive a restart.
@@ -102,7 +105,7 @@ impl External {
 }
 
 /// `[[camera]]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Camera {
     /// One level of its topics.
     pub id: String,
@@ -130,6 +133,15 @@ pub struct Camera {
     pub realtime: bool,
     /// Files: start again at the end.
     pub repeat: bool,
+}
+
+impl Camera {
+    /// Whether frames come in the same way: what else differs needs no new connection.
+    pub fn streams_like(&self, other: &Self) -> bool {
+        let stream = |c: &Self| (c.source.clone(), c.pipeline.clone(), c.color);
+        let pace = |c: &Self| (c.stall_timeout_s, c.realtime, c.repeat);
+        stream(self) == stream(other) && pace(self) == pace(other)
+    }
 }
 
 /// `publish`
@@ -247,6 +259,13 @@ impl Config {
         reader.finish().map(|()| config.expect("a configuration without problems is complete"))
     }
 
+    /// The keys outside of `[[camera]]` that differ.
+    pub fn differs_beside_cameras(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        differences(&self.rest, &other.rest, "", &mut found);
+        found
+    }
+
     /// Every key that a configuration may hold, in the file's order.
     pub fn keys() -> Vec<Key> {
         let reader = Reader::new(Path::new("/"));
@@ -264,9 +283,6 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let cameras: Vec<_> = root.tables("camera").into_iter().map(camera).collect();
     let inference = inference(root.table_or_empty("inference"));
     let models = models::read(root.table_or_empty("models"));
-    if cameras.is_empty() {
-        root.problem("camera", "is missing: write one [[camera]] section per camera");
-    }
     // By the text: a camera that is refused for something else has its id all the same.
     let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
     let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
@@ -285,7 +301,25 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         cameras: cameras.into_iter().collect::<Option<_>>()?,
         inference: inference?,
         models: models?,
+        rest: table.clone().into_iter().filter(|(key, _)| key != "camera").collect(),
     })
+}
+
+/// The paths of the keys that differ.
+fn differences(a: &toml::Table, b: &toml::Table, at: &str, found: &mut Vec<String>) {
+    let keys: BTreeSet<_> = a.keys().chain(b.keys()).collect();
+    for key in keys {
+        let (path, empty) = (format!("{at}{key}"), toml::Table::new());
+        let inner =
+            |t: Option<&toml::Value>| t.map_or(Some(empty.clone()), |v| v.as_table().cloned());
+        match (a.get(key), b.get(key)) {
+            (a, b) if a == b => {}
+            (a, b) => match (inner(a), inner(b)) {
+                (Some(a), Some(b)) => differences(&a, &b, &format!("{path}."), found),
+                _ => found.push(path),
+            },
+        }
+    }
 }
 
 fn device(mut s: Section<'_, '_>) -> Option<Device> {

@@ -2,14 +2,16 @@
 //!
 //! `outbox` holds the records that must arrive, `board` what is merely current; both are filled by
 //! any thread and never block it. `link` keeps a connection to a broker and empties them; `wire` is
-//! one connection, and with `listener`, a plain client for commands, all that names rumqttc. `tls`, `failure`, `backoff` and `status` are
-//! its trust, its words, its patience and its state. `broker` is the broker inside, for a box
+//! one connection, and with `listener`, a plain client for commands, all that names rumqttc. `inbound`
+//! hands on what comes in. `tls`, `failure`, `backoff` and `status` are the link's trust, its words,
+//! its patience and its state. `broker` is the broker inside, for a box
 //! without another. Nothing here may ever make the worker wait.
 
 pub mod backoff;
 pub mod board;
 pub mod broker;
 pub mod failure;
+mod inbound;
 pub mod link;
 pub mod listener;
 pub mod outbox;

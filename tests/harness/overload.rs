@@ -163,7 +163,8 @@ fn fair_shares(offered: &[f64], inferred: f64) -> Vec<f64> {
     shares
 }
 
-fn assert_exact(id: &str, ledger: &Value) {
+/// Both equations hold.
+pub fn assert_exact(id: &str, ledger: &Value) {
     let n = |key: &str| ledger[key].as_u64().unwrap();
     let dropped: u64 =
         ledger["dropped"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();

@@ -49,16 +49,24 @@ pub struct Service {
 impl Service {
     pub fn start(config: &str) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let file = dir.path().join("noblink.toml");
-        std::fs::write(&file, config).expect("the folder is ours");
-        let log = std::fs::File::create(dir.path().join("log")).expect("the folder is ours");
-        let child = noblink(&["run", "--config"])
-            .arg(&file)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("the program was built");
+        std::fs::write(dir.path().join("noblink.toml"), config).expect("the folder is ours");
+        let child = spawn(noblink(&[]), dir.path());
         Self { dir, child }
+    }
+
+    /// Once more, in the same folder, after it has ended.
+    pub fn start_again(&mut self) {
+        self.child = spawn(noblink(&[]), self.dir.path());
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Another configuration, and SIGHUP.
+    pub fn reload(&self, config: &str) {
+        std::fs::write(self.dir.path().join("noblink.toml"), config).expect("the folder is ours");
+        kill(Pid::from_raw(self.id() as i32), Signal::SIGHUP).expect("our child runs");
     }
 
     pub fn log(&self) -> String {
@@ -96,6 +104,18 @@ impl Service {
         });
         status.expect("waited for")
     }
+}
+
+/// `noblink run`, its log appended to the file `log`.
+fn spawn(mut command: Command, dir: &Path) -> Child {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("log"));
+    command
+        .args(["run", "--config"])
+        .arg(dir.join("noblink.toml"))
+        .stdout(Stdio::null())
+        .stderr(log.expect("the folder is ours"))
+        .spawn()
+        .expect("the program was built")
 }
 
 impl Drop for Service {
