@@ -1,12 +1,15 @@
-//! `make soak`: RTSP cameras and an overloaded model, for long. Not part of `make test`, which holds
-//! a short form of it. `SOAK_SECONDS` changes the length. Prints what each camera got.
+//! `make soak`, for long: an overloaded model, swaps, cameras that fail, restarts of everything. Not
+//! part of `make test`, which holds short forms of it. `SOAK_SECONDS` changes the length. Prints what
+//! was seen.
 #![allow(missing_docs, unreachable_pub, dead_code)]
 
 mod harness;
 
 use harness::camera::write_clip;
+use harness::faults::{self, Form};
 use harness::onnx::{Detector, Output};
 use harness::overload::{Codec, ONE_FAST_FIVE_SLOW, Run, Sender};
+use harness::secs;
 use harness::service::noblink_output;
 use serde_json::Value;
 
@@ -21,20 +24,20 @@ const FOUR: [Sender; 4] = [
     sender("hevc", 640, 360, 5, Codec::H265),
 ];
 
-fn seconds() -> u64 {
-    std::env::var("SOAK_SECONDS").map_or(600, |s| s.parse().expect("a number of seconds"))
+fn seconds(usually: u64) -> u64 {
+    std::env::var("SOAK_SECONDS").map_or(usually, |s| s.parse().expect("a number of seconds"))
 }
 
 #[test]
 fn four_cameras_and_an_overloaded_model() {
-    let run = Run::of(&FOUR, seconds());
+    let run = Run::of(&FOUR, seconds(600));
     run.assert_fair();
     run.assert_flat();
 }
 
 #[test]
 fn a_camera_of_60_fps_beside_five_of_5_fps() {
-    let run = Run::of(&ONE_FAST_FIVE_SLOW, seconds().min(90));
+    let run = Run::of(&ONE_FAST_FIVE_SLOW, seconds(90).min(90));
     run.assert_fair();
 }
 
@@ -82,4 +85,10 @@ fn swaps_to_a_slower_model_and_another_layout() {
     let report =
         bench_swap([&quick, &slow], &["--swaps", "20", "--updates", "4", "--accept-slower", "20"]);
     assert_eq!(report["swaps"], 24);
+}
+
+/// The fault table in full.
+#[test]
+fn camera_faults() {
+    faults::all(Form { trouble: secs(10), refusing: secs(30), closing: secs(60) });
 }

@@ -82,7 +82,7 @@ pub struct CameraStatus {
     pub since_us: i64,
     /// Why it does not stream.
     pub reason: Option<String>,
-    /// Attempts that failed in a row; 0 after 10 s of streaming.
+    /// Attempts that failed in a row; 0 after 1 s of streaming.
     pub attempt: u32,
     /// Time to the next attempt, in `backoff`.
     pub retry_in_s: Option<f64>,

@@ -35,8 +35,9 @@ use crate::queue::Inlet;
 /// first, and up to 5 s to the next key frame.
 const CONNECT_WITHIN: Duration = Duration::from_secs(15);
 
-/// Streaming this long makes the failures before it history.
-const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// Streaming this long makes the failures before it history: a camera that closes every connection
+/// after 3 s is better taken for these than left alone for half a minute each time.
+const HEALTHY_AFTER: Duration = Duration::from_secs(1);
 
 /// How long frames are counted where the stream does not declare its rate.
 const MEASURE_FOR: Duration = Duration::from_secs(3);

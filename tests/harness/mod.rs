@@ -1,15 +1,16 @@
 //! What the tests need of the world: real peers, ways to make them fail, waiting with a deadline.
 
 pub mod camera;
+pub mod faults;
 pub mod link;
 pub mod mosquitto;
 pub mod onnx;
 pub mod overload;
 pub mod peer;
 pub mod pki;
+pub mod relay;
 pub mod schema;
 pub mod service;
-pub mod wire;
 
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU16, Ordering};
