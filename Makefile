@@ -43,6 +43,6 @@ bench-swap: build
 	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
 	fi
 
-# Twelve minutes; SOAK_SECONDS=60 for a look.
+# An hour; SOAK_SECONDS=180 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1

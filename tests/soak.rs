@@ -11,6 +11,7 @@ use harness::onnx::{Detector, Output};
 use harness::overload::{Codec, ONE_FAST_FIVE_SLOW, Run, Sender};
 use harness::secs;
 use harness::service::noblink_output;
+use harness::week;
 use serde_json::Value;
 
 const fn sender(id: &'static str, width: u32, height: u32, fps: u32, codec: Codec) -> Sender {
@@ -85,6 +86,12 @@ fn swaps_to_a_slower_model_and_another_layout() {
     let report =
         bench_swap([&quick, &slow], &["--swaps", "20", "--updates", "4", "--accept-slower", "20"]);
     assert_eq!(report["swaps"], 24);
+}
+
+/// A bad week in fast motion, half an hour.
+#[test]
+fn eight_cameras_through_restarts_and_swaps() {
+    week::run(seconds(1800));
 }
 
 /// The fault table in full.

@@ -11,6 +11,7 @@ pub mod pki;
 pub mod relay;
 pub mod schema;
 pub mod service;
+pub mod week;
 
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU16, Ordering};
