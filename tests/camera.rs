@@ -13,7 +13,7 @@ use noblink::rtsp::{RtspServer, Settings};
 
 use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, produce, write_clip};
 use crate::harness::faults::{self, Form};
-use crate::harness::relay::{Relay, Trouble};
+use crate::harness::rtsp_relay::{Relay, Trouble};
 use crate::harness::secs;
 
 fn server() -> RtspServer {

@@ -9,7 +9,7 @@ use noblink::config;
 use noblink::rtsp::{RtspServer, Settings};
 
 use super::camera::{Rig, config, h265, write_clip};
-use super::relay::{Relay, Trouble};
+use super::rtsp_relay::{Relay, Trouble};
 use super::{reach, secs};
 
 /// How long troubles last.

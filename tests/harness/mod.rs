@@ -8,7 +8,7 @@ pub mod onnx;
 pub mod overload;
 pub mod peer;
 pub mod pki;
-pub mod relay;
+pub mod rtsp_relay;
 pub mod schema;
 pub mod service;
 pub mod week;
