@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench-swap demo build test lint setup setup-tests soak
+.PHONY: bench-swap demo build test lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -43,6 +43,10 @@ bench-swap: build
 	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
 	fi
 
-# An hour; SOAK_SECONDS=180 for a look.
+# An hour and a half; SOAK_SECONDS=180 SOAK_KILLS=10 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1
+
+# Ten minutes for each target; FUZZ_SECONDS=60 for a look, TARGETS="onnx address" for some.
+fuzz: setup
+	@scripts/fuzz $(TARGETS)

@@ -1,8 +1,9 @@
 //! Builds, runs and stops the service. Every thread is started and joined here or by what is
 //! started here.
 //!
-//! Start: network (broker, link) → updater with the first model → worker → cameras, so that whoever
-//! produces finds whoever consumes. Stop: the reverse. A start that fails half-way stops what it started.
+//! Start: spooler → network (broker, link) → updater with the first model → worker → cameras, so
+//! that whoever produces finds whoever consumes. Stop: the reverse. A start that fails half-way
+//! stops what it started.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,8 +26,10 @@ use crate::model::slot::Slot;
 use crate::mqtt::board::Board;
 use crate::mqtt::link::Inbound;
 use crate::mqtt::outbox::{Bounds, Outbox};
+use crate::mqtt::spooler::{self, Spooler};
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
+use crate::notify::Notifier;
 use crate::queue::Intake;
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::sampler::Sampler;
@@ -41,7 +44,7 @@ use crate::vision::nms;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
 use crate::{affinity, assets};
 
-/// What may wait for the broker: some minutes of a busy box, in memory.
+/// What may wait for the broker in memory; more waits on disk.
 pub const OUTBOX: Bounds = Bounds { records: 20_000, bytes: 32 << 20 };
 
 /// What to do on a box without cameras.
@@ -70,7 +73,9 @@ pub struct App {
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
     net: Net,
+    spooler: Spooler,
     telemeter: Telemeter,
+    notifier: Notifier,
     said: Said,
 }
 
@@ -110,7 +115,22 @@ impl App {
         let topics = Topics::new(&config.mqtt.prefix, &config.device.id);
         let outbox = Arc::new(Outbox::new(OUTBOX));
         let board = Arc::new(Board::new());
-        let net = Net::start(&config, &origin, &topics, Arc::clone(&outbox), Arc::clone(&board))?;
+        let spool = spooler::Settings {
+            dir: config.device.state_dir.clone(),
+            max_bytes: config.outbox.max_bytes,
+            durability: config.outbox.durability,
+        };
+        let spooler = Spooler::start(Arc::clone(&outbox), spool)
+            .context("the outbox's thread can't be started")?;
+        let started =
+            Net::start(&config, &origin, &topics, Arc::clone(&outbox), Arc::clone(&board));
+        let net = match started {
+            Ok(net) => net,
+            Err(e) => {
+                spooler.stop();
+                return Err(e);
+            }
+        };
 
         let intake = Arc::new(Intake::default());
         let meter = Arc::new(Meter::default());
@@ -135,6 +155,7 @@ impl App {
             Ok(updater) => updater,
             Err(e) => {
                 net.stop();
+                spooler.stop();
                 return Err(e);
             }
         };
@@ -166,6 +187,7 @@ impl App {
         let mut app = Self {
             started_us: now_us(),
             telemeter: Telemeter::default(),
+            notifier: Notifier::default(),
             said: Said::default(),
             config,
             origin,
@@ -184,6 +206,7 @@ impl App {
             worker: None,
             updater,
             net,
+            spooler,
         };
         if let Err(e) = app.start_threads(worker) {
             app.stop();
@@ -306,6 +329,7 @@ impl App {
             self.publish_telemetry(&snapshot);
             self.fleet.forget_removed();
         }
+        self.notifier.tell(&snapshot, self.pulse.beats.load(Ordering::Relaxed));
         snapshot
     }
 
@@ -455,6 +479,7 @@ impl App {
     /// Stops everything, in the reverse order of the start, and returns the last snapshot.
     pub fn stop(mut self) -> Snapshot {
         info!("stopping");
+        self.notifier.stopping();
         self.fleet.stop();
         self.intake.close();
         self.pulse.stop.store(true, Ordering::Relaxed);
@@ -469,6 +494,7 @@ impl App {
         let mut last = self.snapshot();
         self.publish_telemetry(&last);
         last.link = self.net.stop();
+        self.spooler.stop();
         last.outbox = self.outbox.stats();
         info!("stopped");
         last

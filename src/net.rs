@@ -58,13 +58,8 @@ impl Net {
                     }
                 },
             };
-            let settings = Settings {
-                device: origin.device,
-                boot: origin.boot.into(),
-                topics,
-                broker: broker.clone(),
-                filters,
-            };
+            let settings =
+                Settings { device: origin.device, topics, broker: broker.clone(), filters };
             let (link, handle) = Link::new(settings, outbox, board);
             let _ = up.send(Ok((handle, broker)));
             link.run().await;

@@ -193,7 +193,7 @@ pub struct Limits {
     pub objects: usize,
     /// Seconds after which a record comes even without objects.
     pub record_interval_s: u64,
-    /// Records that wait for the broker at most.
+    /// Records that wait for the broker in memory at most; more wait on disk.
     pub outbox_records: usize,
 }
 

@@ -90,6 +90,8 @@ pub struct Worker {
     pulse: Arc<Pulse>,
     sampler: Arc<Sampler>,
     origin: Origin,
+    /// The origin's, for the records.
+    boot: Arc<str>,
     topics: Topics,
     confidence: f32,
     iou: f32,
@@ -112,7 +114,7 @@ impl Worker {
         topics: &Topics,
         inference: &config::Inference,
     ) -> Self {
-        let topics = topics.clone();
+        let (topics, boot) = (topics.clone(), origin.boot.as_str().into());
         let (confidence, iou) = (inference.confidence, inference.iou);
         let (lenses, found) = (Vec::new(), Vec::new());
         Self {
@@ -123,6 +125,7 @@ impl Worker {
             pulse,
             sampler,
             origin,
+            boot,
             topics,
             confidence,
             iou,
@@ -158,7 +161,7 @@ impl Worker {
             seen = look(&live.model, frame, &thresholds, &mut self.found);
         }
         self.pulse.end();
-        let lens = lens(&mut self.lenses, &taken, &self.topics);
+        let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics);
         let (size, mut timing) = match seen {
             Ok(seen) => seen,
             Err(why) => return self.meter.failure(lens.fail(), &why.to_string()),
@@ -187,11 +190,16 @@ impl Worker {
 }
 
 /// How this frame's camera is looked at, by the settings that came with the frame.
-fn lens<'l>(lenses: &'l mut Vec<Option<Lens>>, taken: &Taken, topics: &Topics) -> &'l mut Lens {
+fn lens<'l>(
+    lenses: &'l mut Vec<Option<Lens>>,
+    taken: &Taken,
+    boot: &Arc<str>,
+    topics: &Topics,
+) -> &'l mut Lens {
     if lenses.len() <= taken.camera {
         lenses.resize_with(taken.camera + 1, || None);
     }
-    let lens = lenses[taken.camera].get_or_insert_with(|| Lens::new(&taken.settings, topics));
+    let lens = lenses[taken.camera].get_or_insert_with(|| Lens::new(&taken.settings, boot, topics));
     lens.follow(&taken.settings);
     lens
 }
@@ -244,6 +252,7 @@ fn interval(camera: &config::Camera) -> Option<Duration> {
 struct Lens {
     settings: Arc<config::Camera>,
     id: Arc<str>,
+    boot: Arc<str>,
     topic: Arc<str>,
     /// Class ids of `labels` in the model of this epoch.
     wanted: Option<(u64, Vec<u32>)>,
@@ -258,10 +267,11 @@ struct Lens {
 }
 
 impl Lens {
-    fn new(camera: &Arc<config::Camera>, topics: &Topics) -> Self {
+    fn new(camera: &Arc<config::Camera>, boot: &Arc<str>, topics: &Topics) -> Self {
         Self {
             settings: Arc::clone(camera),
             id: camera.id.as_str().into(),
+            boot: Arc::clone(boot),
             topic: topics.detections(&camera.id),
             wanted: None,
             interval: interval(camera),
@@ -363,6 +373,7 @@ impl Lens {
             objects: objects.collect(),
         })
         .expect("numbers, strings and lists always become JSON");
-        Record { camera: Arc::clone(&self.id), seq, topic: Arc::clone(&self.topic), payload }
+        let (camera, boot) = (Arc::clone(&self.id), Arc::clone(&self.boot));
+        Record { camera, boot, seq, topic: Arc::clone(&self.topic), payload }
     }
 }

@@ -12,7 +12,7 @@ use noblink::camera::{Reason, State, Transport};
 use noblink::rtsp::{RtspServer, Settings};
 
 use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, produce, write_clip};
-use crate::harness::faults::{self, Form};
+use crate::harness::camera_faults::{self, Form};
 use crate::harness::rtsp_relay::{Relay, Trouble};
 use crate::harness::secs;
 
@@ -255,7 +255,7 @@ fn silence_on_an_open_connection_is_a_stall() {
 /// The short form of `make soak`'s.
 #[test]
 fn each_fault_is_named_and_overcome_and_the_other_camera_does_not_notice() {
-    faults::all(Form { trouble: secs(1), refusing: secs(3), closing: secs(9) });
+    camera_faults::all(Form { trouble: secs(1), refusing: secs(3), closing: secs(9) });
 }
 
 #[test]

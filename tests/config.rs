@@ -408,9 +408,21 @@ const WRONG: &[Row] = &[
     ),
     (
         VALID,
+        "outbox.max_mb",
+        Some("8"),
+        "outbox.max_mb = 8: must be a whole number from 16 to 1000000",
+    ),
+    (
+        VALID,
+        "outbox.durability",
+        Some("\"sometimes\""),
+        "outbox.durability = \"sometimes\": must be one of \"memory\", \"always\"",
+    ),
+    (
+        VALID,
         "web.listen",
         Some("\"x\""),
-        "web is not a known key; known here: device, mqtt, camera, inference, models",
+        "web is not a known key; known here: device, mqtt, camera, inference, models, outbox",
     ),
 ];
 
@@ -517,6 +529,10 @@ fn credentials_are_masked_in_any_text() {
         ("rtsp://user:pa@ss?@10.0.0.7/a", "rtsp://***@10.0.0.7/a"),
         ("rtsp://10.0.0.7/a?user=x&password=y", "rtsp://10.0.0.7/a?***"),
         ("rtsp://10.0.0.7/a", "rtsp://10.0.0.7/a"),
+        // What reads URLs forgives such slashes.
+        ("https:user:pass@host/a", "https://***@host/a"),
+        ("https:/\\user:pass@host/a", "https://***@host/a"),
+        ("rtsp:/\t/user:pass@10.0.0.7/a", "rtsp://***@10.0.0.7/a"),
         ("no url", "no url"),
     ];
     for (url, shown) in rows {
@@ -524,6 +540,17 @@ fn credentials_are_masked_in_any_text() {
     }
     let source = Source::parse("rtsp://user:pass@10.0.0.7/stream1").unwrap();
     assert!(!format!("{source} {source:?}").contains("pass"));
+}
+
+/// The TOML reader's own words quote the line.
+#[test]
+fn a_file_that_is_no_toml_is_not_quoted() {
+    let text = "[[camera]]\nurl = \"rtsp://user:pass@10.0.0.7/\u{17}\"\n";
+    let problems = Config::parse(text, Path::new("/")).unwrap_err();
+    let [problem] = &problems[..] else { panic!("{problems:?}") };
+    let said = problem.to_string();
+    assert!(said.starts_with("is not TOML: line 2, column 34: "), "{said}");
+    assert!(!said.contains("pass") && !said.contains('\n'), "{said}");
 }
 
 /// The annotated sample holds every key; uncommented, it holds the defaults of the code.

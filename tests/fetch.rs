@@ -3,7 +3,6 @@
 mod chunks;
 mod http;
 mod mqtt;
-mod server;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

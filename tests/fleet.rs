@@ -135,7 +135,7 @@ fn a_camera_is_switched_over_mqtt_and_stays_off_over_a_kill() {
     publish(site.broker.port, &["-t", topic, "-m", "OFF", "-r"]);
     site.until_state("yard", "disabled");
     site.service.kill();
-    site.service.start_again();
+    site.service.again(&[]);
     site.service.says("a retained command is ignored", 30);
     let switched = site.switch("yard", &["-m", "ON"], "yard-on");
     assert_eq!(switched["ok"], true);
@@ -157,7 +157,7 @@ fn a_camera_is_switched_over_mqtt_and_stays_off_over_a_kill() {
     // Taken out while it was not looking: its status is cleared at the next start.
     let one = text(&site.broker, &[("yard", SMALL, ALL)], "");
     std::fs::write(site.service.dir.path().join("noblink.toml"), one).unwrap();
-    site.service.start_again();
+    site.service.again(&[]);
     until("the gate's status is cleared", 30, || {
         let topic = "noblink/v1/test/cameras/gate/status";
         site.subscriber.messages().iter().any(|m| m.topic == topic && m.payload.is_empty())

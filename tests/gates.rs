@@ -1,6 +1,7 @@
 //! The gates: what bad models do, each by its own code, and what a good one passes with.
 //!
-//! The bad ones are made here; most of them are refused by a real child process.
+//! What each bad model is refused for is seen over the running service (`faults::rejections`);
+//! here the gates are asked alone, about what a service can't be brought to.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,107 +12,27 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, gettid};
 use noblink::config::{Calibration, Inference, Models};
 use noblink::model::contract::Overrides;
-use noblink::model::engine::{EngineOptions, Model, Thresholds};
 use noblink::model::file::ModelFile;
-use noblink::model::runtime::Runtime;
 use noblink::update::event::Stopped;
 use noblink::update::gates::{
     self, Content, End, FrameDump, Limits, Outcome, Request, Rules, Subject, proving,
 };
 use noblink::update::job::{Gate, Verdict};
-use noblink::vision::picture::{Color, Matrix, Picture, Pixels, Plane, Range};
 use serde_json::Value;
 
 use crate::harness::onnx::{
-    Attr, Detector, Fault, Graph, Output, bytes_field, external, model, number_field,
+    Attr, Detector, Fault, Graph, bytes_field, external, model, number_field,
 };
 use crate::harness::service::{config, noblink_output, shipped};
+use crate::harness::site::{Site, good, picture, scene};
 use crate::harness::{secs, until};
 
-const WIDTH: usize = 640;
-const HEIGHT: usize = 384;
-const COLOR: Color = Color { matrix: Matrix::Bt601, range: Range::Full };
-
-/// The detector that all bad ones are compared with.
-fn good() -> Detector {
-    Detector::new(Output::Yolo8, 320, 192)
-}
-
-/// Grey, with three squares in pure colours.
-fn scene(n: usize) -> Vec<u8> {
-    let mut rgb = vec![40; 3 * WIDTH * HEIGHT];
-    for (colour, (x, y)) in [(0, (64, 64)), (1, (320, 192)), (2, (512, 64))].into_iter() {
-        let (x, y) = (x + 16 * (n % 4), y + 16 * (n / 4));
-        for row in y..y + 64 {
-            for column in x..x + 64 {
-                let at = 3 * (row * WIDTH + column);
-                rgb[at..at + 3].copy_from_slice(&[0; 3]);
-                rgb[at + colour] = 255;
-            }
-        }
-    }
-    rgb
-}
-
-fn picture(rgb: &[u8]) -> Picture<'_> {
-    let plane = Plane { data: rgb, stride: 3 * WIDTH };
-    Picture { width: WIDTH, height: HEIGHT, color: COLOR, pixels: Pixels::Rgb(plane) }
-}
-
-fn png(file: &Path, rgb: &[u8]) {
-    let file = std::fs::File::create(file).expect("the folder is ours");
-    let mut encoder = png::Encoder::new(file, WIDTH as u32, HEIGHT as u32);
-    encoder.set_color(png::ColorType::Rgb);
-    let mut writer = encoder.write_header().expect("a picture");
-    writer.write_image_data(rgb).expect("a picture");
-}
-
-/// A folder with models and pictures; the labels are what [`good`] finds.
-struct Site {
-    dir: tempfile::TempDir,
-    active: PathBuf,
-}
-
-impl Site {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().expect("a folder");
-        let active = good().write(dir.path(), "good.onnx");
-        let runtime = Runtime::load(None).expect("the library");
-        let overrides = Overrides::default();
-        let model = Model::open(&runtime, &active, &EngineOptions::default(), &overrides)
-            .expect("the good one opens");
-        for part in ["images", "labels"] {
-            std::fs::create_dir(dir.path().join(part)).expect("the folder is ours");
-        }
-        let thresholds = Thresholds { confidence: 0.25, iou: 0.7 };
-        let mut found = Vec::new();
-        for n in 0..8 {
-            let rgb = scene(n);
-            let mut runner = model.runner();
-            runner.preprocess(&picture(&rgb)).expect("a picture");
-            runner.run().expect("a run");
-            runner.postprocess(&thresholds, &mut found).expect("an output");
-            let lines: String = found
-                .iter()
-                .map(|d| {
-                    let (w, h) = (d.x2 - d.x1, d.y2 - d.y1);
-                    let (x, y) = (d.x1 + w / 2.0, d.y1 + h / 2.0);
-                    format!("{} {x} {y} {w} {h}\n", d.class_id)
-                })
-                .collect();
-            png(&dir.path().join(format!("images/{n}.png")), &rgb);
-            std::fs::write(dir.path().join(format!("labels/{n}.txt")), lines).expect("ours");
-        }
-        std::fs::write(dir.path().join("data.yaml"), "names: [red, green, blue]\n").expect("ours");
-        Self { dir, active }
-    }
-
-    fn request(&self, candidate: &Detector) -> Request {
-        let file = candidate.write(self.dir.path(), "candidate.onnx");
-        let mut request = request(&file, &self.active);
-        request.calibration = Some(Calibration::of(self.dir.path().to_owned()));
-        request
-    }
+/// Proves a candidate against the site's active model and its pictures.
+fn asked(site: &Site, candidate: &Detector) -> Request {
+    let file = candidate.write(site.dir.path(), "candidate.onnx");
+    let mut request = request(&file, &site.active);
+    request.calibration = Some(Calibration::of(site.dir.path().to_owned()));
+    request
 }
 
 fn request(candidate: &Path, active: &Path) -> Request {
@@ -145,40 +66,11 @@ fn refusal(what: &str, outcome: &Outcome) -> (String, Stopped, bool) {
 }
 
 #[test]
-fn bad_models_are_refused_each_for_its_own_reason() {
-    let site = Site::new();
-    let changed = |change: fn(&mut Detector)| {
-        let mut detector = good();
-        change(&mut detector);
-        detector
-    };
-    let rows: [(&str, Detector, &str, bool); 8] = [
-        ("NaN on white", changed(|d| d.fault = Fault::Nan), "nan_output", false),
-        ("error on white", changed(|d| d.fault = Fault::Error), "run", false),
-        ("constant output", changed(|d| d.fault = Fault::Constant), "constant_output", false),
-        ("blind", changed(|d| d.bias = -20.0), "no_detections", false),
-        ("2 pixels off", changed(|d| d.shift = 2.0), "box_shift", false),
-        ("slow", changed(|d| d.work = 24), "too_slow", false),
-        ("endless loop", changed(|d| d.fault = Fault::Hang), "timeout", true),
-        ("10 GB", changed(|d| d.fault = Fault::Memory), "memory_budget", true),
-    ];
-    for (what, detector, code, quarantined) in rows {
-        let outcome = prove(&site.request(&detector));
-        let found = refusal(what, &outcome);
-        assert_eq!(found, (code.to_owned(), Stopped::Rejected, quarantined), "{what}");
-        let names: Vec<_> = outcome.gates.iter().map(|g| g.gate.as_ref()).collect();
-        assert_eq!(names, gates::GATES[2..], "{what}");
-    }
-    let outcome = prove(&site.request(&good()));
-    assert_eq!(outcome.end, End::Accepted { ask: None }, "{:#?}", outcome.gates);
-}
-
-#[test]
 fn a_slower_model_is_taken_when_that_is_allowed() {
     let site = Site::new();
     let mut slow = good();
     slow.work = 24;
-    let mut request = site.request(&slow);
+    let mut request = asked(&site, &slow);
     let outcome = prove(&request);
     let message = &gate(&outcome.gates, "latency").message;
     for part in
@@ -200,7 +92,7 @@ fn a_slower_model_is_taken_when_that_is_allowed() {
 #[test]
 fn floors_count_on_their_own() {
     let site = Site::new();
-    let mut request = site.request(&good());
+    let mut request = asked(&site, &good());
     let rules = |request: &mut Request, change: fn(&mut Calibration)| {
         change(request.calibration.as_mut().expect("a folder is set"));
         prove(request)
@@ -268,7 +160,7 @@ fn live_frames_are_compared_and_a_blind_model_asks() {
     let mut blind = good();
     blind.bias = -20.0;
     for (detector, verdict) in [(good(), Verdict::Passed), (blind, Verdict::Ask)] {
-        let mut request = site.request(&detector);
+        let mut request = asked(&site, &detector);
         request.calibration = None;
         request.frames.clone_from(&frames);
         let outcome = prove(&request);
@@ -285,7 +177,7 @@ fn live_frames_are_compared_and_a_blind_model_asks() {
 #[test]
 fn nothing_is_compared_without_an_active_model_or_with_a_broken_one() {
     let site = Site::new();
-    let mut request = site.request(&good());
+    let mut request = asked(&site, &good());
     request.active = None;
     let outcome = prove(&request);
     assert_eq!(outcome.end, End::Accepted { ask: None });
@@ -323,7 +215,7 @@ fn impostor(site: &Site, script: &str) -> Outcome {
     std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).expect("ours");
     std::fs::rename(&draft, &program).expect("ours");
     let shell = Limits { program, ..limits() };
-    proving::run(&site.request(&good()), &shell, &AtomicBool::new(false))
+    proving::run(&asked(site, &good()), &shell, &AtomicBool::new(false))
 }
 
 #[test]
@@ -358,7 +250,7 @@ fn hanging(act: impl FnOnce(Pid, &AtomicBool)) -> (Outcome, Pid) {
     let site = Site::new();
     let mut detector = good();
     detector.fault = Fault::Hang;
-    let request = site.request(&detector);
+    let request = asked(&site, &detector);
     let cancel = Arc::new(AtomicBool::new(false));
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::scope(|threads| {
@@ -415,7 +307,7 @@ fn a_wall_that_is_reached_is_a_time_out_without_quarantine() {
     let mut detector = good();
     detector.fault = Fault::Hang;
     let hasty = Limits { wall: secs(1), ..limits() };
-    let outcome = proving::run(&site.request(&detector), &hasty, &AtomicBool::new(false));
+    let outcome = proving::run(&asked(&site, &detector), &hasty, &AtomicBool::new(false));
     assert_eq!(refusal("wall", &outcome), ("timeout".into(), Stopped::TimedOut, false));
 }
 

@@ -4,8 +4,10 @@
 mod camera;
 mod cli;
 mod config;
+mod faults;
 mod fetch;
 mod fleet;
+mod fuzz;
 mod gates;
 mod harness;
 mod model;

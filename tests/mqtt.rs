@@ -2,7 +2,9 @@
 
 mod delivery;
 mod embedded;
+mod faults;
 mod outbox;
 mod peers;
 mod pure;
+mod spool;
 mod trouble;

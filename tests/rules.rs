@@ -93,3 +93,23 @@ fn the_readme_names_every_command() {
         assert!(readme.contains(command), "README.md does not show `{command}`");
     }
 }
+
+/// Each pitfall in docs/mqtt.md has its row, and each test named there is one.
+#[test]
+fn every_pitfall_of_mqtt_names_its_answer() {
+    let text = |file: &str| fs::read_to_string(root().join(file)).unwrap();
+    let mut tests = text("tests/soak.rs") + &text("tests/config.rs");
+    for entry in fs::read_dir(root().join("tests/mqtt")).unwrap() {
+        tests += &fs::read_to_string(entry.unwrap().path()).unwrap();
+    }
+    let doc = text("docs/mqtt.md");
+    for n in 1..=23 {
+        let row = doc.lines().find(|line| line.starts_with(&format!("| P{n} |")));
+        let answer = row.unwrap_or_else(|| panic!("no row P{n}")).rsplit('|').nth(1).unwrap();
+        let names: Vec<_> = answer.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "P{n} names neither test nor code");
+        for name in names.into_iter().filter(|n| n.contains('_')) {
+            assert!(tests.contains(&format!("fn {name}(")), "P{n}: {name} is no test");
+        }
+    }
+}

@@ -2,15 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
 use crate::harness::mosquitto::{Message, Mosquitto, Subscriber};
 use crate::harness::overload::{ONE_FAST_FIVE_SLOW, Run};
 use crate::harness::schema::{assert_valid, validator};
-use crate::harness::service::{Service, config, plates, shipped};
+use crate::harness::service::{Service, config, noblink, plates, shipped};
 use crate::harness::{free_port, until};
 
 /// The demo's two cameras.
@@ -231,4 +235,38 @@ fn a_port_that_is_taken_is_named() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("port {} on 127.0.0.1 is in use", broker.port)), "{said}");
+}
+
+/// What systemd's socket hears: ready only when the broker was tried, a useful line, the watchdog.
+#[test]
+fn systemd_is_told_when_it_is_ready_how_it_goes_and_that_it_is_alive() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mqtt = format!("url = \"mqtt://127.0.0.1:{}\"", free_port());
+    let cameras = [("bars", "test://", "")];
+    let file = dir.path().join("noblink.toml");
+    std::fs::write(&file, config(&mqtt, &cameras, &plates())).unwrap();
+    let mut child = noblink(&["run", "--config", file.to_str().unwrap()])
+        .env("NOTIFY_SOCKET", &path)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut heard = String::new();
+    let mut until_heard = |what: &str| {
+        while !heard.contains(what) {
+            let mut datagram = [0; 4096];
+            let length = socket.recv(&mut datagram).unwrap_or_else(|e| panic!("{e}:\n{heard}"));
+            heard += std::str::from_utf8(&datagram[..length]).unwrap();
+            heard += "\n";
+        }
+        heard.clone()
+    };
+    until_heard("READY=1");
+    until_heard("STATUS=plates 1 (epoch 1), 1 of 1 cameras streaming, broker away");
+    until_heard("WATCHDOG=1");
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    until_heard("STOPPING=1");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }

@@ -6,6 +6,7 @@ mod inbox;
 mod machine;
 mod machine_random;
 mod manifest;
+mod orders;
 mod signature;
 mod store;
 

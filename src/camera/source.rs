@@ -137,6 +137,13 @@ impl fmt::Debug for Source {
 /// Masks what may hold a secret in any text that looks like a URL, well-formed or not: what stands
 /// between `://` and the last `@`, and the query. `rtsp://***@host/path?***`.
 pub fn mask(text: &str) -> String {
+    // `https:user:pass@host` and `http:/\\user:pass@host` are URLs too, to whoever opens them.
+    if let Ok(url) = Url::parse(text)
+        && (url.password().is_some() || !url.username().is_empty())
+        && !text.contains("://")
+    {
+        return mask(url.as_str());
+    }
     let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
     // A password may hold an unescaped slash or question mark: hide up to the last '@' of all.
     let (hidden, rest) = match rest.rfind('@') {

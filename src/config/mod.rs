@@ -16,6 +16,7 @@ pub use reader::{Key, Problem, is_slug};
 use reader::{Reader, Section};
 
 use crate::camera::source::Source;
+use crate::mqtt::spooler::Durability;
 use crate::vision::picture::Matrix;
 
 /// Everything that the file says.
@@ -33,6 +34,8 @@ pub struct Config {
     pub models: Models,
     /// The text of all that but the cameras.
     rest: toml::Table,
+    /// `[outbox]`
+    pub outbox: Outbox,
 }
 
 /// `[device]`: who this box is and where it keeps what must outlive a restart.
@@ -183,6 +186,21 @@ impl Default for Inference {
     }
 }
 
+/// `[outbox]`: records that wait for the broker on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outbox {
+    /// Greatest size of the file.
+    pub max_bytes: u64,
+    /// What a power cut may cost.
+    pub durability: Durability,
+}
+
+impl Default for Outbox {
+    fn default() -> Self {
+        Self { max_bytes: 512_000_000, durability: Durability::Memory }
+    }
+}
+
 /// ONNX Runtime's execution providers that noblink knows how to register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -252,7 +270,13 @@ impl Config {
     /// Checks the text of a configuration; `base` is where its relative paths start.
     pub fn parse(text: &str, base: &Path) -> Result<Self, Vec<Problem>> {
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            vec![Problem { path: String::new(), message: format!("is not TOML: {e}") }]
+            // Not by the error's own words: they quote the line, which may hold a camera's login.
+            let before = &text[..e.span().map_or(0, |span| span.start.min(text.len()))];
+            let (line, column) = (before.matches('\n').count() + 1, before.lines().last());
+            let column = column.filter(|_| !before.ends_with('\n')).unwrap_or_default();
+            let column = column.chars().count() + 1;
+            let message = format!("is not TOML: line {line}, column {column}: {}", e.message());
+            vec![Problem { path: String::new(), message }]
         })?;
         let reader = Reader::new(base);
         let config = read(&reader, &table);
@@ -269,7 +293,7 @@ impl Config {
     /// Every key that a configuration may hold, in the file's order.
     pub fn keys() -> Vec<Key> {
         let reader = Reader::new(Path::new("/"));
-        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n";
+        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n[outbox]\n";
         // The values are missing: only the reader's record of what it asked for is wanted.
         let _ = read(&reader, &all.parse().expect("the empty sections are TOML"));
         reader.into_keys()
@@ -283,6 +307,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let cameras: Vec<_> = root.tables("camera").into_iter().map(camera).collect();
     let inference = inference(root.table_or_empty("inference"));
     let models = models::read(root.table_or_empty("models"));
+    let outbox = outbox(root.table_or_empty("outbox"));
     // By the text: a camera that is refused for something else has its id all the same.
     let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
     let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
@@ -302,6 +327,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         inference: inference?,
         models: models?,
         rest: table.clone().into_iter().filter(|(key, _)| key != "camera").collect(),
+        outbox: outbox?,
     })
 }
 
@@ -508,6 +534,15 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
         realtime: realtime?,
         repeat: repeat?,
     })
+}
+
+fn outbox(mut s: Section<'_, '_>) -> Option<Outbox> {
+    let default = Outbox::default();
+    let max_mb = s.integer("max_mb", 16..=1_000_000, Some((default.max_bytes / 1_000_000) as i64));
+    let choices = [("memory", Durability::Memory), ("always", Durability::Always)];
+    let durability = s.choice("durability", &choices, default.durability);
+    s.finish();
+    Some(Outbox { max_bytes: max_mb? as u64 * 1_000_000, durability: durability? })
 }
 
 fn inference(mut s: Section<'_, '_>) -> Option<Inference> {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use crate::camera::source::mask;
+
 /// One thing that is wrong, with the key's path, the value and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -104,7 +106,7 @@ impl<'t, 'a> Section<'t, 'a> {
 
     /// The value has the wrong type or lies outside what is allowed.
     fn refuse<T>(&self, key: &str, value: &Value, allowed: &str) -> Option<T> {
-        self.problem(key, &format!("= {value}: must be {allowed}"));
+        self.problem(key, &format!("= {}: must be {allowed}", mask(&value.to_string())));
         None
     }
 

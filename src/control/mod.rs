@@ -4,6 +4,7 @@
 //! `serve` runs on the network's thread; what touches the disk is handed to a blocking task.
 
 pub mod client;
+pub mod pushed;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,21 +12,20 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use axum::Json;
-use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, RawQuery, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
+use pushed::Pushed;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 
-use crate::update::job::{Install, Ratio, Reason, Way};
-use crate::update::orders::Order;
+use crate::text::brief;
+use crate::update::job::{Reason, Way};
+use crate::update::orders::{self, Order};
 use crate::update::store::{Blob, Store, StoreError};
 use crate::update::updater::{Ask, Desk};
 
@@ -91,7 +91,11 @@ async fn models(State(shared): State<Shared>) -> Json<Value> {
 async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Response {
     match shared.desk.view().jobs.into_iter().find(|j| j.id == id) {
         Some(job) => Json(json!(job)).into_response(),
-        None => refuse(StatusCode::NOT_FOUND, "unknown_job", format!("there is no job {id}")),
+        None => refuse(
+            StatusCode::NOT_FOUND,
+            "unknown_job",
+            format!("there is no job {}", brief(&id, 60)),
+        ),
     }
 }
 
@@ -118,73 +122,44 @@ async fn ask(shared: &Shared, order: Order) -> Response {
     }
 }
 
-async fn desired(State(shared): State<Shared>, body: axum::body::Bytes) -> Response {
+async fn desired(State(shared): State<Shared>, body: Bytes) -> Response {
     ask(&shared, Order::Desired(body.to_vec())).await
-}
-
-/// The body of the smaller commands.
-#[derive(Deserialize)]
-struct Verb {
-    id: String,
-    to: Option<String>,
-    job: Option<String>,
-    way: Option<Way>,
-    model: Option<String>,
 }
 
 async fn verb(
     State(shared): State<Shared>,
     UrlPath(verb): UrlPath<String>,
-    Json(body): Json<Verb>,
+    body: Bytes,
 ) -> Response {
-    let Verb { id, to, job, way, model } = body;
-    let order = match (verb.as_str(), way, model) {
-        ("rollback", ..) => Order::Rollback { id, to },
-        ("cancel", ..) => Order::Cancel { id, job },
-        ("confirm", ..) => Order::Confirm { id, job },
-        ("close-breaker", Some(way), _) => Order::CloseBreaker { id, way },
-        ("release", _, Some(model)) => Order::Release { id, model },
-        _ => {
-            let text = format!("{verb} is no command, or lacks what it needs");
-            return refuse(StatusCode::BAD_REQUEST, "bad_command", text);
+    match orders::local(&verb, &body) {
+        Ok(order) => ask(&shared, order).await,
+        Err(why) => {
+            refuse(StatusCode::BAD_REQUEST, "bad_command", format!("{}: {why}", brief(&verb, 60)))
         }
-    };
-    ask(&shared, order).await
-}
-
-/// What stands beside a pushed file.
-#[derive(Deserialize)]
-struct Pushed {
-    id: String,
-    name: String,
-    size: u64,
-    manual: bool,
-    accept_slower: Option<f64>,
+    }
 }
 
 async fn push(
     State(shared): State<Shared>,
-    Query(pushed): Query<Pushed>,
+    RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let header = |name: &str| headers.get(name).and_then(|v| STANDARD.decode(v.as_bytes()).ok());
-    let manifest = header("x-noblink-manifest");
-    let signature = header("x-noblink-signature").and_then(|s| String::from_utf8(s).ok());
+    let header = |name: &str| headers.get(name).map(|v| v.as_bytes());
+    let pushed = match Pushed::read(query.as_deref().unwrap_or_default(), header) {
+        Ok(pushed) => pushed,
+        Err(why) => return refuse(StatusCode::BAD_REQUEST, "bad_command", format!("push: {why}")),
+    };
     let blob = match store(&shared, pushed.size, body).await {
         Ok(blob) => blob,
         Err(e) => return refuse(StatusCode::INSUFFICIENT_STORAGE, e.code(), e.to_string()),
     };
-    let accept_slower = pushed.accept_slower.map(|r| Ratio((r * 1000.0).round() as u32));
-    let install = if pushed.manual { Install::Manual } else { Install::Auto };
-    let Pushed { id, name, .. } = pushed;
-    let order = Order::Stored { id, name, blob, install, manifest, signature, accept_slower };
-    ask(&shared, order).await
+    ask(&shared, pushed.order(blob)).await
 }
 
 /// Writes a body into the store, bounded, off this thread.
 async fn store(shared: &Shared, size: u64, body: Body) -> Result<Blob, StoreError> {
-    let (pieces, mut written) = tokio::sync::mpsc::channel::<axum::body::Bytes>(PIECES_MAX);
+    let (pieces, mut written) = tokio::sync::mpsc::channel::<Bytes>(PIECES_MAX);
     let (store, size_max): (Store, u64) = (shared.desk.store().clone(), shared.size_max);
     let writer = tokio::task::spawn_blocking(move || {
         let mut part = store.stage(size, size_max)?;

@@ -4,6 +4,7 @@
 //! two layouts, the number of anchors that the input's size and the strides imply decides, then the
 //! metadata, then the manifest; what is still open is refused with both names, never guessed.
 
+use crate::text::{brief, first};
 use crate::vision::letterbox::Fit;
 use crate::vision::preprocess::{Order, Scale};
 
@@ -127,8 +128,9 @@ pub fn structure(scan: &Scan, allowed: &[String]) -> Result<(), Refusal> {
         return Err(Refusal::new(
             Code::CustomOperators,
             format!(
-                "uses operators of the domain {domain:?}, which is not allowed: export without \
-                 custom operators, or add it to models.custom_op_domains"
+                "uses operators of the domain {:?}, which is not allowed: export without \
+                 custom operators, or add it to models.custom_op_domains",
+                brief(domain, 60)
             ),
         ));
     }
@@ -188,7 +190,7 @@ impl Contract {
                 format!(
                     "output {:?} has {classes} classes ({}), but the model names {}: \
                      correct `names` in its metadata, or `labels` in its manifest",
-                    output.name,
+                    brief(&output.name, 60),
                     layout::describe(layout, shape),
                     labels.len()
                 ),
@@ -243,7 +245,7 @@ fn task_unsupported(task: &str) -> Refusal {
         "pose" => "a pose model".to_owned(),
         "obb" => "a model of oriented boxes (OBB)".to_owned(),
         "classify" => "a classification model".to_owned(),
-        other => format!("a model for the task {other:?}"),
+        other => format!("a model for the task {:?}", brief(other, 60)),
     };
     Refusal::new(
         Code::TaskUnsupported,
@@ -263,7 +265,7 @@ fn picture_input(scan: &Scan) -> Result<(&Value, [&Dim; 3]), Refusal> {
                 "has {} inputs ({}); a detector takes one picture: export it without \
                  further inputs",
                 names.len(),
-                names.join(", ")
+                first(&names, 4)
             ),
         ));
     };
@@ -331,7 +333,7 @@ fn sides(scan: &Scan, value: &Value, dims: [&Dim; 2]) -> Result<(u64, u64), Refu
             Code::InputShape,
             format!(
                 "input {:?} is {width}x{height} pixels; sides from {} to {} are supported",
-                value.name,
+                brief(&value.name, 60),
                 SIDE.start(),
                 SIDE.end()
             ),
@@ -379,7 +381,7 @@ fn detection_output(scan: &Scan) -> Result<&Value, Refusal> {
             "has the outputs {}; known are one [1, 4+classes, anchors] (YOLOv8 and later), \
              [1, anchors, 5+classes] (YOLOv5, YOLOX), [1, boxes, 6] (end-to-end) or \
              [1, boxes, 4+classes] (RT-DETR)",
-            found.join(", ")
+            first(&found, 4)
         ),
     ))
 }
@@ -435,13 +437,13 @@ fn describe(value: &Value) -> String {
             .iter()
             .map(|d| match d {
                 Dim::Fixed(n) => n.to_string(),
-                Dim::Named(n) => n.clone(),
+                Dim::Named(n) => brief(n, 30),
                 Dim::Unknown => "?".to_owned(),
             })
             .collect();
         format!("[{}]", dims.join(", "))
     });
-    format!("{:?} {dims}", value.name)
+    format!("{:?} {dims}", brief(&value.name, 60))
 }
 
 /// What the metadata says about boxes that need no suppression; Ultralytics writes the key since

@@ -246,11 +246,18 @@ impl Model {
     }
 
     /// Stops a run that takes too long, from another thread. ONNX Runtime looks at it between
-    /// nodes; the model stays stopped and fails every further run.
+    /// nodes; the model fails every further run until [`resume`](Self::resume).
     pub fn terminate(&self) {
         self.terminated.store(true, Ordering::Release);
         // It only sets a flag; the hard deadline behind it does not rely on it.
         let _ = self.options.terminate();
+    }
+
+    /// Lets it run again.
+    pub fn resume(&self) {
+        if self.terminated.swap(false, Ordering::AcqRel) {
+            let _ = self.options.unterminate();
+        }
     }
 
     /// The three steps of a frame. Held while a frame is worked on, by the worker alone.

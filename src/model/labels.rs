@@ -4,6 +4,8 @@
 //! write JSON. Both are read by one small reader: a JSON object with string keys, a list, a dict
 //! with number keys; strings in either quote with either language's escapes.
 
+use crate::text::brief;
+
 /// Most labels of a model.
 const LABELS_MAX: usize = 10_000;
 /// Longest label in bytes.
@@ -77,7 +79,9 @@ impl Reader {
                 self.rest[from..self.at].iter().collect()
             }
         };
-        let class = digits.parse().map_err(|_| format!("has a class {digits:?}, no number"))?;
+        let class = digits
+            .parse()
+            .map_err(|_| format!("has a class {:?}, no number", brief(&digits, 30)))?;
         self.space();
         if !self.eat(':') {
             return Err(format!("has no colon after class {class}"));

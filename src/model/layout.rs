@@ -87,13 +87,26 @@ pub(super) fn recognise(evidence: &Evidence) -> Result<Layout, Refusal> {
     if fits.is_empty() {
         fits = told(evidence, by_columns(evidence));
     }
-    match (&fits[..], &counted[..]) {
-        ([layout], _) => Ok(*layout),
+    let layout = match (&fits[..], &counted[..]) {
+        ([layout], _) => *layout,
         // The shape is plain; what contradicts it is the number of labels, said elsewhere.
-        ([], [layout]) => Ok(*layout),
-        ([], _) => Err(unknown(evidence)),
-        _ => Err(ambiguous(evidence, &fits)),
+        ([], [layout]) => *layout,
+        ([], _) => return Err(unknown(evidence)),
+        _ => return Err(ambiguous(evidence, &fits)),
+    };
+    if readable(layout, ranked(layout, evidence), evidence.shape, evidence.input) {
+        return Ok(layout);
     }
+    let (width, height) = evidence.input;
+    Err(Refusal::new(
+        Code::LayoutMismatch,
+        format!(
+            "output {} is of layout {}, but can't be read so with an input of {width}x{height}: \
+             export with sides that are multiples of 32",
+            shape(evidence.shape),
+            layout.name()
+        ),
+    ))
 }
 
 /// The layouts whose number of anchors is the one that the input's size and the strides imply.

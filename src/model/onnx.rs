@@ -6,6 +6,7 @@
 //! structure gate refuses (data outside of the file, compiled blobs, foreign operators).
 
 use super::wire::{self, Field, Message, WireError};
+use crate::text::brief;
 
 /// Largest file: protobuf's own limit.
 pub const FILE_BYTES_MAX: u64 = 2 << 30;
@@ -331,8 +332,7 @@ impl Walk {
         self.scan.initializer_bytes += held + raw.unwrap_or(0);
         if elsewhere {
             if self.scan.external_data.is_none() {
-                let name = String::from_utf8_lossy(tensor_name(bytes)?).into_owned();
-                self.scan.external_data = Some(name);
+                self.scan.external_data = Some(shown_name(bytes)?);
             }
             return Ok(());
         }
@@ -343,7 +343,7 @@ impl Walk {
         };
         let elements = dims.elements();
         if elements > held || elements > ELEMENTS_MAX {
-            let name = String::from_utf8_lossy(tensor_name(bytes)?).into_owned();
+            let name = shown_name(bytes)?;
             return Err(ScanError::TensorSize { name, elements, held: held.min(ELEMENTS_MAX) });
         }
         Ok(())
@@ -420,6 +420,11 @@ fn tensor_name(bytes: &[u8]) -> Result<&[u8], ScanError> {
     }
     limit("bytes in a name", found.len(), NAME_BYTES_MAX)?;
     Ok(found)
+}
+
+/// A tensor's name for messages.
+fn shown_name(bytes: &[u8]) -> Result<String, ScanError> {
+    Ok(brief(&String::from_utf8_lossy(tensor_name(bytes)?), 60))
 }
 
 fn opset(bytes: &[u8]) -> Result<(String, u64), ScanError> {

@@ -138,6 +138,25 @@ pub fn closed(broker: &External, up: bool) -> Failure {
     ))
 }
 
+/// The broker sent more than it was told that it may.
+pub fn too_large(broker: &External, bytes: usize, bytes_max: u32) -> Failure {
+    Failure::passing(format!(
+        "{} sent a packet of {bytes} bytes, {bytes_max} are allowed: who publishes to this device's \
+         cmd topics must send less, or model chunks of 64 KiB",
+        shown(broker)
+    ))
+}
+
+/// The broker sent what this client can't read. rumqttc 0.25 can't read a DISCONNECT without
+/// properties, which ends a connection as closing it does.
+pub fn unreadable(broker: &External, why: &str) -> Failure {
+    let at = shown(broker);
+    let text = format!(
+        "{at} sent a packet that can't be read ({why}), perhaps a DISCONNECT without properties"
+    );
+    Failure { text, class: Class::Closed }
+}
+
 /// Nothing came back in time.
 pub fn silent(broker: &External, up: bool) -> Failure {
     let at = shown(broker);

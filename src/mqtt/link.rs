@@ -33,15 +33,16 @@ use super::inbound::Sorter;
 use super::outbox::{Cargo, Outbox, Reason};
 use super::status::{LinkState, LinkStatus, Oversize, StatusCell};
 use super::topics::Topics;
-use super::wire::{
-    self, CONNECT_TIMEOUT, Happening, Hello, KEEP_ALIVE, UNSENT_MAX, Unsent, Verdict, Welcome, Wire,
-};
+use super::wire::{self, Happening, Hello, KEEP_ALIVE, UNSENT_MAX, Unsent, Verdict, Welcome, Wire};
 use crate::config::External;
 
 /// AWS IoT Core takes no more in one SUBSCRIBE.
 const FILTERS_PER_SUBSCRIBE: usize = 8;
-/// An acknowledgement, or the answer to SUBSCRIBE, that takes longer will not come.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Keep-alives in which nothing happens, or an answer does not come, before the peer is given up. In
+/// one of them a ping goes out, in the next its answer would have come.
+const KEEP_ALIVES: u32 = 2;
+/// A broker with a short keep-alive may still be a slow one.
+const ANSWER_MIN: Duration = Duration::from_secs(10);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(2);
 /// First pause after the broker could not take a record just now; doubled up to a minute.
@@ -54,8 +55,6 @@ const TICK: Duration = Duration::from_millis(500);
 pub struct Settings {
     /// The device's id.
     pub device: String,
-    /// This life of the process, for announcements of lost records.
-    pub boot: Arc<str>,
     /// Where things go.
     pub topics: Topics,
     /// The broker.
@@ -226,7 +225,7 @@ enum End {
 /// What a QoS 1 message was for.
 enum Token {
     /// A loan of the outbox.
-    Loan(u64),
+    Loan(i64),
     /// A retained message of the board.
     Board(Arc<str>),
     /// `online` or `offline`.
@@ -259,8 +258,10 @@ struct Session<'a> {
     wire: Wire,
     phase: Phase,
     up_since: Option<Instant>,
-    /// How long nothing may happen: two keep-alives, in which a ping went out and was answered.
+    /// How long nothing may happen on the wire.
     patience: Duration,
+    /// How long an acknowledgement, or the answer to SUBSCRIBE, may take.
+    answer: Duration,
     window: u64,
     packet_max: usize,
     /// QoS 1 messages submitted on this connection: the number of the next one.
@@ -285,7 +286,8 @@ impl<'a> Session<'a> {
             wire,
             phase: Phase::Connecting,
             up_since: None,
-            patience: 2 * KEEP_ALIVE + CONNECT_TIMEOUT,
+            patience: KEEP_ALIVES * KEEP_ALIVE,
+            answer: KEEP_ALIVES * KEEP_ALIVE,
             window: 0,
             packet_max: 0,
             next: 0,
@@ -328,7 +330,7 @@ impl<'a> Session<'a> {
                     self.say("online");
                     self.link.board.online();
                     self.pump(now);
-                } else if now > since + ANSWER_TIMEOUT {
+                } else if now > since + self.answer {
                     return Some(End::Failed(Failure::passing(format!(
                         "{} does not answer SUBSCRIBE",
                         failure::shown(self.broker())
@@ -340,13 +342,13 @@ impl<'a> Session<'a> {
                 let late = self
                     .out
                     .first_key_value()
-                    .is_some_and(|(_, o)| now.duration_since(o.at) > ANSWER_TIMEOUT);
+                    .is_some_and(|(_, o)| now.duration_since(o.at) > self.answer);
                 if late {
                     return Some(End::Failed(Failure::passing(format!(
                         "{} has not acknowledged a message for {} s: is it overloaded, or does it \
                          throttle this client?",
                         failure::shown(self.broker()),
-                        ANSWER_TIMEOUT.as_secs()
+                        self.answer.as_secs()
                     ))));
                 }
             }
@@ -395,7 +397,7 @@ impl<'a> Session<'a> {
                     Cargo::Record(r) => (Arc::clone(&r.topic), r.payload.clone()),
                     Cargo::Gap(gap) => {
                         let s = &self.link.settings;
-                        (s.topics.gaps(&gap.camera), gap.to_json(&s.device, &s.boot))
+                        (s.topics.gaps(&gap.camera), gap.to_json(&s.device))
                     }
                 };
                 let announce = match self.submit(&topic, payload, false, Token::Loan(loan.ticket)) {
@@ -504,7 +506,8 @@ impl<'a> Session<'a> {
     fn welcomed(&mut self, welcome: &Welcome) {
         self.window = welcome.window.into();
         self.packet_max = welcome.packet_max;
-        self.patience = 2 * welcome.keep_alive.max(KEEP_ALIVE) + CONNECT_TIMEOUT;
+        self.patience = KEEP_ALIVES * welcome.keep_alive;
+        self.answer = self.patience.clamp(ANSWER_MIN, KEEP_ALIVES * KEEP_ALIVE);
         let now = Instant::now();
         self.up_since = Some(now);
         self.phase = Phase::Subscribing(now);

@@ -30,7 +30,7 @@ pub(super) const UNSENT_MAX: usize = 8;
 /// Room for the window, the unsent, the subscriptions and DISCONNECT.
 const CHANNEL: usize = WINDOW_MAX as usize + UNSENT_MAX + 8;
 /// TCP, TLS and CONNACK together.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const SESSION_EXPIRY_S: u32 = 3600;
 /// Short blips do not show as `offline`.
 const WILL_DELAY_S: u32 = 5;
@@ -278,7 +278,10 @@ pub(super) fn inbound(publish: Publish) -> Option<Inbound> {
     })
 }
 
-/// Everything that CONNECT says, with password and certificates as they are now.
+/// Everything that CONNECT says, with password and certificates as they are now. No topic aliases,
+/// no QoS 2 and no manual acknowledgements: rumqttc keeps the first over connections, leaks the
+/// second, and queues the third behind what is published. The limit of messages that are out is also
+/// the length of a table that it makes for each connection: 14 MB by default.
 fn options(hello: &Hello<'_>) -> Result<MqttOptions, String> {
     let broker = hello.broker;
     let mut options = MqttOptions::new(hello.client_id, &broker.host, broker.port);
@@ -352,6 +355,12 @@ pub(super) fn diagnose(
             failure::silent(broker, up)
         }
         ConnectionError::MqttState(StateError::ConnectionAborted) => failure::closed(broker, up),
+        ConnectionError::MqttState(StateError::Deserialization(
+            CodecError::PayloadSizeLimitExceeded { pkt_size, max },
+        )) => failure::too_large(broker, *pkt_size, *max),
+        ConnectionError::MqttState(StateError::Deserialization(e)) if up => {
+            failure::unreadable(broker, &e.to_string())
+        }
         ConnectionError::MqttState(StateError::ServerDisconnect { reason_code, reason_string }) => {
             if *reason_code == DisconnectReasonCode::SessionTakenOver {
                 return failure::taken_over(broker, client_id);

@@ -80,22 +80,26 @@ pub(super) fn form(name: &OsStr, stat: &FileStat, size_max: u64) -> Option<Reaso
     }
 }
 
-pub(super) fn is_ignored(name: &[u8]) -> bool {
+/// Whether a name is left alone: hidden, half-written, a backup, or the folder of what was refused.
+pub fn is_ignored(name: &[u8]) -> bool {
     let ends = |end: &[u8]| name.ends_with(end);
     name.starts_with(b".") || name == b"rejected" || ends(b".part") || ends(b".tmp") || ends(b"~")
 }
 
-pub(super) fn stem(name: &str) -> &str {
+/// A name without its last extension.
+pub fn stem(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(stem, _)| stem)
 }
 
-pub(super) fn sidecars(name: &str) -> [String; 2] {
+/// The names of a model's manifest and of the signature over it.
+pub fn sidecars(name: &str) -> [String; 2] {
     let manifest = format!("{}.manifest.json", stem(name));
     let signature = format!("{manifest}.minisig");
     [manifest, signature]
 }
 
-pub(super) fn is_sidecar(name: &str) -> bool {
+/// Whether a name is a manifest's or a signature's.
+pub fn is_sidecar(name: &str) -> bool {
     name.ends_with(".manifest.json") || name.ends_with(".manifest.json.minisig")
 }
 

@@ -141,7 +141,7 @@ impl Command {
 pub struct Ratio(pub u32);
 
 impl Ratio {
-    /// Of a factor from 1 to 1000.
+    /// A factor as `--accept-slower` and `accept_slower` have it: 1 to 1000.
     pub fn of(factor: f64) -> Option<Self> {
         (1.0..=1000.0).contains(&factor).then(|| Self((factor * 1000.0).round() as u32))
     }

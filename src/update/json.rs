@@ -6,8 +6,14 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::manifest::{ID, is_id};
+use crate::text::brief;
+
 /// Nesting that is read: the deepest that is used is 5.
 const DEPTH_MAX: usize = 16;
+
+/// Fields without a meaning that are named.
+const UNKNOWN_MAX: usize = 10;
 
 /// Reads one object of at most `max` bytes; nothing may follow it.
 pub(super) fn object(bytes: &[u8], max: usize) -> Result<Map<String, Value>, String> {
@@ -89,7 +95,10 @@ impl<'de> Visitor<'de> for Strict {
         while let Some(key) = entries.next_key::<String>()? {
             let value = entries.next_value_seed(deeper)?;
             if map.contains_key(&key) {
-                return Err(A::Error::custom(format!("the key \"{key}\" stands twice")));
+                return Err(A::Error::custom(format!(
+                    "the key \"{}\" stands twice",
+                    brief(&key, 60)
+                )));
             }
             map.insert(key, value);
         }
@@ -135,9 +144,19 @@ impl<'a> Fields<'a> {
         self.wrong.get_or_insert(text);
     }
 
+    /// Notes that a field is missing, unless what stands there is wrong.
+    pub(super) fn lacks<T>(&mut self, key: &str) -> Option<T> {
+        self.problem(format!("{key} is missing"));
+        None
+    }
+
     /// A text of 1 to `max` bytes without control characters.
     pub(super) fn text(&mut self, key: &'static str, max: usize) -> Option<String> {
         self.get(key, &format!("a text of 1 to {max} bytes"), |v| text(v, max))
+    }
+
+    pub(super) fn id(&mut self, key: &'static str) -> Option<String> {
+        self.get(key, ID, |v| v.as_str().filter(|id| is_id(id)).map(str::to_owned))
     }
 
     pub(super) fn flag(&mut self, key: &'static str) -> bool {
@@ -151,11 +170,16 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// The fields that nobody asked for, sorted.
+    /// The fields that nobody asked for, sorted, as far as they fit into a log.
     pub(super) fn unknown(&self) -> Vec<String> {
         let unknown = self.map.keys().filter(|k| !self.asked.contains(&k.as_str()));
-        let mut unknown: Vec<String> = unknown.cloned().collect();
+        let mut unknown: Vec<String> = unknown.map(|k| brief(k, 60)).collect();
         unknown.sort();
+        let more = unknown.len().saturating_sub(UNKNOWN_MAX);
+        if more > 0 {
+            unknown.truncate(UNKNOWN_MAX);
+            unknown.push(format!("… and {more} more"));
+        }
         unknown
     }
 }
@@ -169,9 +193,5 @@ pub(super) fn text(value: &Value, max: usize) -> Option<String> {
 
 /// Enough of a value to recognise it by.
 fn excerpt(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    brief(&value.to_string(), 60)
 }

@@ -17,6 +17,9 @@ use super::digest::Digest;
 use super::job::{Install, Ratio, Source};
 use super::json::{self, Fields};
 
+/// What [`is_id`] asks for; reads on from "must be".
+pub const ID: &str = "1 to 32 of a-z, 0-9, _ and -, the first a letter or digit";
+
 /// Bytes of an envelope or a manifest: an MQTT packet's limit.
 pub const BYTES_MAX: usize = 128 * 1024;
 
@@ -131,9 +134,7 @@ impl Desired {
             let got = schema.map_or("missing".to_owned(), |s| format!("\"{s}\""));
             f.problem(format!("schema is {got}: must be \"noblink.desired/1\""));
         }
-        let id = f.get("id", "1 to 32 of a-z, 0-9, _ and -, the first a letter or digit", |v| {
-            v.as_str().filter(|id| is_id(id)).map(str::to_owned)
-        });
+        let id = f.id("id");
         let source = f.get("source", "an http:// or https:// URL, or \"mqtt\"", source);
         let install = f.get("install", "\"auto\" or \"manual\"", |v| match v.as_str()? {
             "auto" => Some(Install::Auto),
@@ -187,9 +188,8 @@ impl Manifest {
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
         let map = json::object(bytes, BYTES_MAX).map_err(Malformed)?;
         let mut f = Fields::new(&map);
-        let id = "1 to 32 of a-z, 0-9, _ and -, the first a letter or digit";
         let mut manifest = Self {
-            model: f.get("model", id, |v| v.as_str().filter(|m| is_id(m)).map(str::to_owned)),
+            model: f.id("model"),
             version: f.text("version", 64),
             sha256: f.get("sha256", "64 hexadecimal digits", |v| v.as_str()?.parse().ok()),
             size: f.get("size", "a number of bytes above 0", |v| v.as_u64().filter(|s| *s > 0)),
@@ -245,9 +245,8 @@ fn word(value: &Value, allowed: &[&str]) -> Option<String> {
     value.as_str().filter(|w| allowed.contains(w)).map(str::to_owned)
 }
 
-/// A ratio as `--accept-slower` and `accept_slower` have it: 1 to 1000.
-pub fn ratio(value: &Value) -> Option<Ratio> {
-    Ratio::of(value.as_f64()?)
+fn ratio(value: &Value) -> Option<Ratio> {
+    value.as_f64().and_then(Ratio::of)
 }
 
 /// A list, or an object by index as Ultralytics writes it; every index from 0 exactly once.

@@ -13,7 +13,7 @@
 
 mod commands;
 pub mod digest;
-mod entry;
+pub mod entry;
 pub mod event;
 pub mod failpoint;
 pub mod fetch;
@@ -29,7 +29,7 @@ pub mod orders;
 pub mod policy;
 pub mod push;
 pub mod registry;
-mod rejected;
+pub mod rejected;
 pub mod report;
 pub mod signature;
 mod start;

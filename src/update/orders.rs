@@ -4,8 +4,14 @@ use serde_json::{Value, json};
 
 use super::event::Answer;
 use super::job::{Install, Ratio, Way};
+use super::json::{self, Fields};
+use super::manifest::BYTES_MAX;
 use super::store::Blob;
 use crate::mqtt::topics::Topics;
+use crate::text::brief;
+
+/// Characters of a topic in a message.
+const TOPIC_SHOWN: usize = 160;
 
 /// A wish of somebody.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,26 +87,70 @@ pub fn read(
     }
     if retained {
         let text = format!(
-            "{topic}: a retained command is ignored: it would come again with every \
-                            connection; publish it without retain"
+            "{}: a retained command is ignored: it would come again with every connection; \
+             publish it without retain",
+            brief(topic, TOPIC_SHOWN)
         );
         return Some(Err(text));
     }
-    Some(verb_order(verb, payload).map_err(|why| format!("{topic}: {why}")))
+    Some(verb_order(verb, payload).map_err(|why| format!("{}: {why}", brief(topic, TOPIC_SHOWN))))
 }
 
 fn verb_order(verb: &str, payload: &[u8]) -> Result<Order, String> {
-    let message: Value = serde_json::from_slice(payload).map_err(|e| format!("is no JSON: {e}"))?;
-    let text = |key: &str| message[key].as_str().map(str::to_owned);
-    let id = text("id")
-        .filter(|id| super::manifest::is_id(id))
-        .ok_or_else(|| format!("id = {}: must be 1 to 32 of a-z, 0-9, _ and -", message["id"]))?;
-    match verb {
-        "rollback" => Ok(Order::Rollback { id, to: text("sha256") }),
-        "cancel" => Ok(Order::Cancel { id, job: text("job") }),
-        "confirm" => Ok(Order::Confirm { id, job: text("job") }),
-        _ => Err(format!("{verb} is not desired, rollback, cancel or confirm")),
+    let map = json::object(payload, BYTES_MAX)?;
+    let mut f = Fields::new(&map);
+    let Some(order) = common(verb, "sha256", &mut f) else {
+        let verb = brief(verb, 60);
+        return Err(format!("{verb} is not desired, rollback, cancel or confirm"));
+    };
+    f.wrong.map_or(Ok(order), Err)
+}
+
+/// Reads a command of the control socket, which knows some more. `Err`: what is wrong with it.
+///
+/// # Errors
+/// There is no such command, or it lacks what it needs.
+pub fn local(verb: &str, body: &[u8]) -> Result<Order, String> {
+    let map = json::object(body, BYTES_MAX)?;
+    let mut f = Fields::new(&map);
+    let order = match verb {
+        "close-breaker" => {
+            let id = id(&mut f);
+            let named = |v: &Value| Way::ALL.into_iter().find(|w| v.as_str() == Some(w.name()));
+            let way = f.get("way", "inbox, mqtt, cli or page", named);
+            let way = way.or_else(|| f.lacks("way"));
+            way.map(|way| Order::CloseBreaker { id, way })
+        }
+        "release" => {
+            let id = id(&mut f);
+            let model = f.text("model", 64).or_else(|| f.lacks("model"));
+            model.map(|model| Order::Release { id, model })
+        }
+        _ => common(verb, "to", &mut f),
+    };
+    match (f.wrong, order) {
+        (None, Some(order)) => Ok(order),
+        (Some(wrong), _) => Err(wrong),
+        (None, None) => {
+            let verb = brief(verb, 60);
+            Err(format!("{verb} is not rollback, cancel, confirm, close-breaker or release"))
+        }
     }
+}
+
+/// The commands that every way knows; `to` is the field in which a rollback names its target.
+fn common(verb: &str, to: &'static str, f: &mut Fields<'_>) -> Option<Order> {
+    match verb {
+        "rollback" => Some(Order::Rollback { id: id(f), to: f.text(to, 64) }),
+        "cancel" => Some(Order::Cancel { id: id(f), job: f.id("job") }),
+        "confirm" => Some(Order::Confirm { id: id(f), job: f.id("job") }),
+        _ => None,
+    }
+}
+
+/// The command's id; empty when there is none, which is noted as wrong.
+fn id(f: &mut Fields<'_>) -> String {
+    f.id("id").or_else(|| f.lacks("id")).unwrap_or_default()
 }
 
 /// An answer as it goes over the wire, `noblink.reply/1`.

@@ -7,6 +7,7 @@ use super::job::{Millis, Reason, State};
 use super::machine::quarantined;
 use super::manifest::{Malformed, Manifest};
 use super::signature::{self, PublicKey, SignatureError};
+use crate::text::first;
 
 /// What `requires` may name on this build.
 pub const CAPABILITIES: [&str; 0] = [];
@@ -175,7 +176,7 @@ fn target(policy: &Policy<'_>, m: &Manifest) -> Result<(), Reason> {
     if let Some(devices) = &m.devices
         && !devices.iter().any(names)
     {
-        let text = format!("devices = [{}], this is {device}", devices.join(", "));
+        let text = format!("devices = [{}], this is {device}", first(devices, 5));
         return Err(Reason::new("wrong_device", text));
     }
     if let (Some(accepted), Some(stage)) = (policy.accept_stages, &m.stage)

@@ -89,8 +89,7 @@ impl Rejected {
         name: &OsStr,
         mut make: impl FnMut(&str) -> nix::Result<()>,
     ) -> Result<String, StoreError> {
-        let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
-        let base: String = name.to_string_lossy().chars().map(plain).take(NAME_MAX).collect();
+        let base = plain_name(name);
         for n in 0..1000 {
             let target = if n == 0 { base.clone() } else { format!("{base}-{n}") };
             match make(&target) {
@@ -139,4 +138,10 @@ impl Rejected {
             count -= 1;
         }
     }
+}
+
+/// A name as any tool can write and read it: `_` for what is not a plain character, cut.
+pub fn plain_name(name: &OsStr) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    name.to_string_lossy().chars().map(plain).take(NAME_MAX).collect()
 }

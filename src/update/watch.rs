@@ -15,6 +15,9 @@ pub const IDLE_TAKES: Duration = Duration::from_secs(1);
 pub const REPORT_WAITS: Duration = Duration::from_secs(5);
 /// Frames that probation wants to see at least.
 pub const PROBATION_FRAMES: usize = 30;
+/// So many runs over the budget at least tell a slow model from a hiccup of the machine: of a few
+/// frames the 99th percentile is the longest.
+pub const PROBATION_LATE: usize = 5;
 /// A run that takes longer than so many medians, and than [`HANG_MIN`], hangs.
 pub const HANG_RATIO: u32 = 10;
 /// See [`HANG_RATIO`].
@@ -53,8 +56,9 @@ impl Swapped {
     /// Whether the worker has taken the pointer: a result by the new epoch, or nothing to do.
     pub fn is_taken(&self, results: &[Vec<Outcome>], now: Instant) -> bool {
         let seen = results.iter().flatten().any(|r| r.epoch >= self.epoch);
-        let idle = results.iter().flatten().all(|r| r.at < self.at);
-        seen || (idle && now - self.at >= IDLE_TAKES)
+        // The frame that was in work at the change ends after it, by the model before.
+        let last = results.iter().flatten().map(|r| r.at).max().unwrap_or(self.at);
+        seen || now.saturating_duration_since(last.max(self.at)) >= IDLE_TAKES
     }
 
     /// Whether every camera that gives results has given one by the new epoch, and the margin
@@ -101,8 +105,10 @@ impl Probation {
     pub fn verdict(&self, results: &[Vec<Outcome>], now: Instant) -> Option<Result<(), String>> {
         let of_epoch = || results.iter().flatten().filter(|r| r.epoch == self.epoch);
         let frames = of_epoch().count();
+        let late = |budget: &Duration| of_epoch().filter(|r| r.inference > *budget).count();
         if frames >= PROBATION_FRAMES
-            && let (Some(budget), Some(p99)) = (self.budget, inference_quantile(of_epoch(), 0.99))
+            && let Some(budget) = self.budget.filter(|budget| late(budget) >= PROBATION_LATE)
+            && let Some(p99) = inference_quantile(of_epoch(), 0.99)
             && p99 > budget
         {
             return Some(Err(format!(
@@ -149,6 +155,30 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_that_ends_after_the_swap_does_not_keep_it_open() {
+        let start = Instant::now();
+        let after = |ms| start + Duration::from_millis(ms);
+        let swapped = Swapped {
+            serial: 1,
+            job: String::new(),
+            epoch: 2,
+            at: after(45),
+            commanded: 0,
+            at_ms: 0,
+            from: None,
+            to: None,
+            reason: None,
+            taken: false,
+        };
+        // The sixth result, 50 ms after the start, is by the model before; then none comes.
+        let late = results(start, 1, 10, 6);
+        assert!(!swapped.is_taken(&late, after(1040)));
+        assert!(swapped.is_taken(&late, after(1050)), "or its hang is never seen");
+        assert!(swapped.is_taken(&results(start, 2, 10, 6), after(50)));
+        assert!(!swapped.is_taken(&[], after(1040)));
+    }
+
+    #[test]
     fn probation_wants_time_and_frames() {
         let start = Instant::now();
         let after = |s| start + Duration::from_secs(s);
@@ -168,6 +198,18 @@ mod tests {
         let start = Instant::now();
         let verdict = probation(start, 60).verdict(&results(start, 2, 50, 30), start);
         assert!(verdict.unwrap().unwrap_err().contains("50.0 ms"));
+    }
+
+    #[test]
+    fn a_few_late_runs_of_thirty_are_the_machine_s() {
+        let start = Instant::now();
+        let after = start + Duration::from_secs(60);
+        let mut results = results(start, 2, 10, 30);
+        for (late, verdict) in [(PROBATION_LATE - 1, true), (PROBATION_LATE, false)] {
+            results[0].iter_mut().take(late).for_each(|r| r.inference = Duration::from_secs(1));
+            let found = probation(start, 60).verdict(&results, after).expect("time is over");
+            assert_eq!(found.is_ok(), verdict, "{late} late runs: {found:?}");
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use noblink::update::digest::Digest;
 use noblink::update::fetch::{AllowedHost, Code, FetchError, Fetched, Rules, Wanted, http};
 
-use super::server::{Reply, Server, Then};
 use super::{Desk, noise, wanted};
+use crate::harness::http::{Reply, Server, Then};
 use crate::harness::pki::certificates;
 use crate::harness::until;
 

@@ -18,8 +18,8 @@ use noblink::update::fetch::{
 };
 use serde_json::Value;
 
-use super::server::{Reply, Server, Then};
 use super::{Desk, limits, noise, wanted};
+use crate::harness::http::{Reply, Server, Then};
 use crate::harness::link::{ROOMY, Running, plain};
 use crate::harness::mosquitto::{Message, Mosquitto, Subscriber, publish};
 use crate::harness::service::{noblink, noblink_output};

@@ -1,12 +1,14 @@
 //! A link on a thread of its own, as the service runs it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use noblink::config::External;
 use noblink::mqtt::board::Board;
-use noblink::mqtt::link::{Link, LinkHandle, Settings};
+use noblink::mqtt::link::{self, Link, LinkHandle};
 use noblink::mqtt::outbox::{Bounds, Outbox, Record};
+use noblink::mqtt::spooler::{Durability, Settings, Spooler};
 use noblink::mqtt::status::{LinkState, LinkStatus};
 use noblink::mqtt::topics::Topics;
 use tokio::sync::oneshot;
@@ -16,12 +18,16 @@ use super::until;
 /// Room for every test that does not fill it.
 pub const ROOMY: Bounds = Bounds { records: 100_000, bytes: 64 << 20 };
 
+/// The life of the process that the tests' records are of.
+pub const BOOT: &str = "7f3k9q2m4x8w1b5d";
+
 /// A link that runs.
 pub struct Running {
     pub handle: LinkHandle,
     pub outbox: Arc<Outbox>,
     pub board: Arc<Board>,
     pub topics: Topics,
+    spooler: Option<Spooler>,
     abort: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -32,12 +38,20 @@ impl Running {
     }
 
     pub fn with(broker: External, device: &str, bounds: Bounds, filters: &[&str]) -> Self {
-        Self::built(broker, device, bounds, filters, |_, _| {})
+        Self::built(broker, device, bounds, filters, |_, _| None)
     }
 
     /// With something in its outbox before it starts.
     pub fn filled(broker: External, bounds: Bounds, fill: impl FnOnce(&Outbox, &Topics)) -> Self {
-        Self::built(broker, "edge-1", bounds, &[], fill)
+        Self::built(broker, "edge-1", bounds, &[], |outbox, topics| {
+            fill(outbox, topics);
+            None
+        })
+    }
+
+    /// With a spool in a folder.
+    pub fn spooled(broker: External, bounds: Bounds, dir: &Path) -> Self {
+        Self::built(broker, "edge-1", bounds, &[], |outbox, _| Some(spooler(outbox, dir)))
     }
 
     fn built(
@@ -45,15 +59,14 @@ impl Running {
         device: &str,
         bounds: Bounds,
         filters: &[&str],
-        fill: impl FnOnce(&Outbox, &Topics),
+        fill: impl FnOnce(&Arc<Outbox>, &Topics) -> Option<Spooler>,
     ) -> Self {
         let topics = Topics::new("noblink", device);
         let outbox = Arc::new(Outbox::new(bounds));
-        fill(&outbox, &topics);
+        let spooler = fill(&outbox, &topics);
         let board = Arc::new(Board::new());
-        let settings = Settings {
+        let settings = link::Settings {
             device: device.to_owned(),
-            boot: "7f3k9q2m4x8w1b5d".into(),
             topics: topics.clone(),
             broker,
             filters: filters.iter().map(|f| (*f).to_owned()).collect(),
@@ -69,7 +82,8 @@ impl Running {
                 }
             });
         });
-        Self { handle, outbox, board, topics, abort: Some(abort), thread: Some(thread) }
+        let (abort, thread) = (Some(abort), Some(thread));
+        Self { handle, outbox, board, topics, spooler, abort, thread }
     }
 
     pub fn status(&self) -> LinkStatus {
@@ -94,6 +108,7 @@ impl Running {
     pub fn push(&self, camera: &str, seq: u64, topic: &str, payload: &str) {
         self.outbox.push(Record {
             camera: camera.into(),
+            boot: BOOT.into(),
             seq,
             topic: topic.into(),
             payload: payload.into(),
@@ -104,6 +119,9 @@ impl Running {
     pub fn stop(&mut self) {
         self.handle.stop();
         self.thread.take().expect("stopped once").join().expect("the link does not panic");
+        if let Some(spooler) = self.spooler.take() {
+            spooler.stop();
+        }
     }
 
     /// Gone without a word.
@@ -119,7 +137,17 @@ impl Drop for Running {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        if let Some(spooler) = self.spooler.take() {
+            spooler.stop();
+        }
     }
+}
+
+/// The spool in a folder, with its usual settings.
+pub fn spooler(outbox: &Arc<Outbox>, dir: &Path) -> Spooler {
+    let (max_bytes, durability) = (64_000_000, Durability::Memory);
+    let settings = Settings { dir: dir.to_owned(), max_bytes, durability };
+    Spooler::start(Arc::clone(outbox), settings).expect("a thread")
 }
 
 /// A broker on loopback without TLS.

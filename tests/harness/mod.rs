@@ -1,17 +1,25 @@
 //! What the tests need of the world: real peers, ways to make them fail, waiting with a deadline.
 
 pub mod camera;
-pub mod faults;
+pub mod camera_faults;
+pub mod http;
+pub mod kills;
+pub mod line;
 pub mod link;
 pub mod mosquitto;
 pub mod onnx;
+pub mod outage;
 pub mod overload;
 pub mod peer;
 pub mod pki;
+pub mod relay;
 pub mod rtsp_relay;
 pub mod schema;
 pub mod service;
+pub mod site;
+pub mod store;
 pub mod week;
+pub mod wire;
 
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU16, Ordering};

@@ -15,6 +15,17 @@ pub struct Mosquitto {
 }
 
 impl Mosquitto {
+    /// Open to everyone, and it keeps its sessions over a `kill -9`, as far as it wrote them down.
+    pub fn remembering() -> Self {
+        Self::with(|dir| {
+            format!(
+                "allow_anonymous true\npersistence true\npersistence_location {}/\n\
+                 autosave_interval 1",
+                dir.display()
+            )
+        })
+    }
+
     /// Open to everyone.
     pub fn start(options: &str) -> Self {
         Self::with(|_| format!("allow_anonymous true\n{options}"))
@@ -25,8 +36,10 @@ impl Mosquitto {
         let dir = tempfile::tempdir().expect("a folder");
         let options = options(dir.path());
         let port = free_port();
+        // Unless it is to remember: it does not take the key twice.
+        let forgetful = if options.contains("persistence ") { "" } else { "persistence false\n" };
         let config = format!(
-            "user root\npersistence false\nlog_dest stderr\nlog_type all\n\
+            "user root\n{forgetful}log_dest stderr\nlog_type all\n\
              listener {port} 127.0.0.1\n{options}\n"
         );
         std::fs::write(dir.path().join("mosquitto.conf"), config).expect("the folder is ours");
@@ -57,7 +70,7 @@ impl Mosquitto {
         }
     }
 
-    /// The same broker again: same port, nothing remembered.
+    /// The same broker again: same port, nothing remembered unless it was told to.
     pub fn restart(&mut self) {
         self.kill();
         self.run();
@@ -133,6 +146,19 @@ impl Subscriber {
     pub fn messages(&self) -> Vec<Message> {
         let lines = self.lines.lock().expect("the writer does not panic");
         lines.iter().filter_map(|line| parse(line)).collect()
+    }
+
+    /// The last message on a topic that ends so.
+    pub fn last(&self, end: &str) -> Option<Message> {
+        let lines = self.lines.lock().expect("the writer does not panic");
+        lines.iter().rev().filter_map(|line| parse(line)).find(|m| m.topic.ends_with(end))
+    }
+
+    /// The first message on a topic that ends so, with this in its payload.
+    pub fn first_with(&self, end: &str, text: &str) -> Option<Message> {
+        let lines = self.lines.lock().expect("the writer does not panic");
+        let of = lines.iter().filter(|line| line.contains(text));
+        of.filter_map(|line| parse(line)).find(|m| m.topic.ends_with(end))
     }
 
     pub fn has(&self, topic: &str, payload: &str) -> bool {

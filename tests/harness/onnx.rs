@@ -32,6 +32,8 @@ pub enum Fault {
     Hang,
     /// The run allocates 10 GB and writes to all of it.
     Memory,
+    /// The run does its `work` sixteen times over.
+    Slow,
     /// At any brightness: the output does not depend on the picture.
     Constant,
 }
@@ -54,6 +56,10 @@ pub struct Detector {
     pub strikes_blue: bool,
     /// Added to the logits of the scores: the lower, the blinder.
     pub bias: f32,
+    /// This class is never found.
+    pub blind_to: Option<usize>,
+    /// Numbers that nothing uses: makes the file longer, by four bytes each.
+    pub ballast: usize,
     /// Moves all boxes to the right, pixels of the input.
     pub shift: f32,
     /// Written over what an exporter of Ultralytics would write; an empty value removes the key.
@@ -74,6 +80,8 @@ impl Detector {
             fault: Fault::None,
             strikes_blue: false,
             bias: -4.0,
+            blind_to: None,
+            ballast: 0,
             shift: 0.0,
             metadata: Vec::new(),
             dynamic: false,
@@ -150,6 +158,9 @@ impl Detector {
             g.ints("reversed", &[3], &[2, 1, 0]);
             picture = g.node("Gather", &[&picture, "reversed"], &[("axis", Attr::Int(1))]);
         }
+        if self.ballast > 0 {
+            g.floats("ballast", &[self.ballast], &vec![0.0; self.ballast]);
+        }
         picture = self.burn(&mut g, &picture);
         let colours = self.colours(&mut g, &picture);
         let colours = self.spoil(&mut g, &picture, &colours);
@@ -172,11 +183,7 @@ impl Detector {
         }
         let mut at = picture.to_owned();
         for _ in 0..self.work {
-            at = g.node(
-                "AveragePool",
-                &[&at],
-                &[("kernel_shape", Attr::Ints(vec![3, 3])), ("pads", Attr::Ints(vec![1; 4]))],
-            );
+            at = g.node("AveragePool", &[&at], &blur());
         }
         g.floats("nothing", &[], &[0.0]);
         let zero = g.node("Mul", &[&at, "nothing"], &[]);
@@ -243,23 +250,43 @@ impl Detector {
                 g.node("Gather", &["one zero", &index], &[])
             }
             Fault::Hang => {
-                let bright = g.node("Greater", &[&mean, "limit"], &[]);
-                let flag = g.node("Cast", &[&bright], &[("to", Attr::Int(i64::from(INT64)))]);
-                g.ints("ages", &[], &[1 << 50]);
-                let rounds = g.node("Mul", &[&flag, "ages"], &[]);
                 g.floats("start", &[], &[0.0]);
-                let mut body = Graph::default();
-                body.input("round", INT64, &[]);
-                body.input("go", BOOL, &[]);
-                body.input("carried", FLOAT, &[]);
-                body.node_to("Identity", &["go"], "go on", &[]);
-                body.node_to("Abs", &["carried"], "kept", &[]);
-                body.output("go on", BOOL, &[]);
-                body.output("kept", FLOAT, &[]);
-                g.node("Loop", &[&rounds, "", "start"], &[("body", Attr::Graph(body))])
+                Self::repeat(g, &mean, 1 << 50, ("Abs", &[]), "start", &[])
+            }
+            Fault::Slow => {
+                let sides = [1, 3, self.height, self.width].map(Size::Fixed);
+                let rounds = 15 * self.work as i64;
+                let end = Self::repeat(g, &mean, rounds, ("AveragePool", &blur()), picture, &sides);
+                let mean = g.node("ReduceMean", &[&end], &[("keepdims", Attr::Int(0))]);
+                g.floats("zero", &[], &[0.0]);
+                g.node("Mul", &[&mean, "zero"], &[])
             }
         };
         g.node("Add", &[colours, &zero], &[])
+    }
+
+    /// A `Loop` that does `op` so many times when `mean` exceeds the limit, and never otherwise.
+    fn repeat(
+        g: &mut Graph,
+        mean: &str,
+        rounds: i64,
+        (op, attributes): (&str, &[(&str, Attr)]),
+        start: &str,
+        dims: &[Size],
+    ) -> String {
+        let bright = g.node("Greater", &[mean, "limit"], &[]);
+        let flag = g.node("Cast", &[&bright], &[("to", Attr::Int(i64::from(INT64)))]);
+        g.ints("rounds", &[], &[rounds]);
+        let rounds = g.node("Mul", &[&flag, "rounds"], &[]);
+        let mut body = Graph::default();
+        body.input("round", INT64, &[]);
+        body.input("go", BOOL, &[]);
+        body.input("carried", FLOAT, dims);
+        body.node_to("Identity", &["go"], "go on", &[]);
+        body.node_to(op, &["carried"], "kept", attributes);
+        body.output("go on", BOOL, &[]);
+        body.output("kept", FLOAT, dims);
+        g.node("Loop", &[&rounds, "", start], &[("body", Attr::Graph(body))])
     }
 
     /// `[1, labels, cells]` in 0..1.
@@ -269,8 +296,13 @@ impl Detector {
         for class in 0..classes {
             weights[class * 3 + class % 3] = 16.0;
         }
+        let mut bias = vec![self.bias; classes];
+        if let Some(class) = self.blind_to {
+            weights[class * 3..class * 3 + 3].fill(0.0);
+            bias[class] = -20.0;
+        }
         g.floats("colour weights", &[classes, 3, 1], &weights);
-        g.floats("colour bias", &[classes], &vec![self.bias; classes]);
+        g.floats("colour bias", &[classes], &bias);
         let logits = g.node("Conv", &[colours, "colour weights", "colour bias"], &[]);
         g.node("Sigmoid", &[&logits], &[])
     }
@@ -346,6 +378,11 @@ impl Detector {
         g.node_to("TopK", &[&max, "hundred"], "top scores\0top", &[]);
         g.node("Gather", &[all, "top"], &[("axis", Attr::Int(2))])
     }
+}
+
+/// Of an `AveragePool` that keeps the size.
+fn blur() -> [(&'static str, Attr); 2] {
+    [("kernel_shape", Attr::Ints(vec![3, 3])), ("pads", Attr::Ints(vec![1; 4]))]
 }
 
 pub const FLOAT: i32 = 1;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 /// What a packet is, by the high half of its first byte.
 pub const CONNECT: u8 = 1;
 pub const PUBLISH: u8 = 3;
+pub const PUBACK: u8 = 4;
 pub const SUBSCRIBE: u8 = 8;
 pub const PINGREQ: u8 = 12;
 pub const DISCONNECT: u8 = 14;
@@ -16,17 +17,30 @@ pub const DISCONNECT: u8 = 14;
 pub struct Packet {
     pub kind: u8,
     pub body: Vec<u8>,
+    /// All of it.
+    pub bytes: Vec<u8>,
 }
 
 impl Packet {
-    /// The packet id of a QoS 1 PUBLISH or a SUBSCRIBE.
+    /// The packet id of a QoS 1 PUBLISH, its PUBACK or a SUBSCRIBE.
     pub fn id(&self) -> [u8; 2] {
-        let at = if self.kind == PUBLISH {
-            2 + usize::from(u16::from_be_bytes([self.body[0], self.body[1]]))
-        } else {
-            0
-        };
+        let at = if self.kind == PUBLISH { self.topic_end() } else { 0 };
         [self.body[at], self.body[at + 1]]
+    }
+
+    /// The topic of a PUBLISH.
+    pub fn topic(&self) -> String {
+        String::from_utf8_lossy(&self.body[2..self.topic_end()]).into_owned()
+    }
+
+    /// The payload of a QoS 1 PUBLISH whose properties are shorter than 128 bytes.
+    pub fn payload(&self) -> &[u8] {
+        let properties = self.topic_end() + 2;
+        &self.body[properties + 1 + usize::from(self.body[properties])..]
+    }
+
+    fn topic_end(&self) -> usize {
+        2 + usize::from(u16::from_be_bytes([self.body[0], self.body[1]]))
     }
 
     fn text(&self) -> String {
@@ -89,13 +103,16 @@ fn serve(
     }
 }
 
-fn read(socket: &mut TcpStream) -> Option<Packet> {
+/// The next packet, if there is one.
+pub fn read(socket: &mut TcpStream) -> Option<Packet> {
     let mut byte = [0];
     socket.read_exact(&mut byte).ok()?;
     let kind = byte[0] >> 4;
+    let mut bytes = byte.to_vec();
     let (mut length, mut shift) = (0_usize, 0);
     loop {
         socket.read_exact(&mut byte).ok()?;
+        bytes.extend(byte);
         length |= usize::from(byte[0] & 0x7f) << shift;
         shift += 7;
         if byte[0] & 0x80 == 0 {
@@ -104,7 +121,8 @@ fn read(socket: &mut TcpStream) -> Option<Packet> {
     }
     let mut body = vec![0; length];
     socket.read_exact(&mut body).ok()?;
-    Some(Packet { kind, body })
+    bytes.extend(&body);
+    Some(Packet { kind, body, bytes })
 }
 
 /// What a kind broker answers; `connack` are the properties of its CONNACK.

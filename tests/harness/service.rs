@@ -40,33 +40,92 @@ pub fn plates() -> String {
     format!("[models]\nfactory = \"{}\"\n", shipped("models/plates-v1.onnx").display())
 }
 
+/// What the log of each life has before its boot id.
+const BOOT: &str = ", boot ";
+
+/// One life in this folder; its log goes on where the last one's ended.
+fn run(mut command: Command, dir: &Path, env: &[(&str, &str)]) -> Child {
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("log"));
+    command
+        .args(["run", "--config"])
+        .arg(dir.join("noblink.toml"))
+        .envs(env.iter().copied())
+        .stdout(Stdio::null())
+        .stderr(log.expect("the folder is ours"))
+        .spawn()
+        .expect("the program was built")
+}
+
 /// `noblink run`, ended with this value.
 pub struct Service {
     pub dir: tempfile::TempDir,
     child: Child,
+    /// Lives that had said who they are before this one began.
+    told: usize,
 }
 
 impl Service {
     pub fn start(config: &str) -> Self {
+        Self::start_in(tempfile::tempdir().expect("a folder"), config, &[])
+    }
+
+    /// In a folder that may hold what another life left.
+    pub fn start_in(dir: tempfile::TempDir, config: &str, env: &[(&str, &str)]) -> Self {
+        std::fs::write(dir.path().join("noblink.toml"), config).expect("the folder is ours");
+        let child = run(noblink(&[]), dir.path(), env);
+        Self { dir, child, told: 0 }
+    }
+
+    /// The next life, after the end of the last one.
+    pub fn again(&mut self, env: &[(&str, &str)]) {
+        assert!(self.ended().is_some(), "the last life goes on");
+        self.told = self.log().matches(BOOT).count();
+        self.child = run(noblink(&[]), self.dir.path(), env);
+    }
+
+    /// What tells the records of this life from those of others.
+    pub fn boot(&mut self) -> String {
+        let mut boot = String::new();
+        until("the service says who it is", 20, || {
+            let log = self.log();
+            let said = log.split(BOOT).skip(1 + self.told).last();
+            // Its line may be written in part.
+            boot = said.and_then(|rest| rest.get(..16)).unwrap_or_default().to_owned();
+            assert!(self.ended().is_none(), "it ended:\n{log}");
+            !boot.is_empty()
+        });
+        boot
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended, and how.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our child")
+    }
+
+    /// Where it keeps models.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// By a shell that prepares the ground: `setup` stands before `exec`.
+    pub fn start_after(setup: &str, config: &str) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         std::fs::write(dir.path().join("noblink.toml"), config).expect("the folder is ours");
-        let child = spawn(noblink(&[]), dir.path());
-        Self { dir, child }
-    }
-
-    /// Once more, in the same folder, after it has ended.
-    pub fn start_again(&mut self) {
-        self.child = spawn(noblink(&[]), self.dir.path());
-    }
-
-    pub fn id(&self) -> u32 {
-        self.child.id()
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]);
+        shell.arg(env!("CARGO_BIN_EXE_noblink"));
+        let child = run(shell, dir.path(), &[]);
+        Self { dir, child, told: 0 }
     }
 
     /// Another configuration, and SIGHUP.
     pub fn reload(&self, config: &str) {
         std::fs::write(self.dir.path().join("noblink.toml"), config).expect("the folder is ours");
-        kill(Pid::from_raw(self.id() as i32), Signal::SIGHUP).expect("our child runs");
+        kill(Pid::from_raw(self.pid() as i32), Signal::SIGHUP).expect("our child runs");
     }
 
     pub fn log(&self) -> String {
@@ -99,7 +158,7 @@ impl Service {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).expect("our child runs");
         let mut status = None;
         until("the service ends", 15, || {
-            status = self.child.try_wait().expect("our child");
+            status = self.ended();
             status.is_some()
         });
         status.expect("waited for")
@@ -107,17 +166,6 @@ impl Service {
 }
 
 /// `noblink run`, its log appended to the file `log`.
-fn spawn(mut command: Command, dir: &Path) -> Child {
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("log"));
-    command
-        .args(["run", "--config"])
-        .arg(dir.join("noblink.toml"))
-        .stdout(Stdio::null())
-        .stderr(log.expect("the folder is ours"))
-        .spawn()
-        .expect("the program was built")
-}
-
 impl Drop for Service {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {

@@ -1,13 +1,14 @@
 //! A bad week in fast motion: cameras, broker and models that come and go, every minute.
 #![allow(dead_code)] // for `tests/soak.rs` alone
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use noblink::rtsp::{RtspServer, Settings};
 use serde_json::Value;
 
 use super::camera::write_clip;
-use super::mosquitto::{Mosquitto, Subscriber};
+use super::mosquitto::{Message, Mosquitto, Subscriber};
 use super::onnx::{Detector, Output};
 use super::overload::assert_exact;
 use super::service::{Service, config, noblink_output};
@@ -53,12 +54,18 @@ pub fn run(seconds: u64) {
         model.write(dir.path(), name)
     });
     let mut broker = Mosquitto::start("");
-    let subscriber = Subscriber::new("5", broker.port, "noblink/v1/test/#");
+    // One for each life of the broker: a client may take half a minute to come back by itself.
+    let subscribe = |port: u16| Subscriber::new("5", port, "noblink/v1/test/#");
+    let heard = RefCell::new((Vec::new(), subscribe(broker.port)));
+    let messages = || {
+        let (before, subscriber) = &*heard.borrow();
+        [before.clone(), subscriber.messages()].concat()
+    };
     let models = format!("[models]\nfactory = \"{}\"\nprobation_s = 5\n", first.display());
     let url = format!("url = \"mqtt://127.0.0.1:{}\"", broker.port);
     let mut service = Service::start(&config(&url, &cameras, &models));
     let on = |end: &str| -> Vec<Value> {
-        let messages = subscriber.messages();
+        let messages = messages();
         let of = messages.iter().filter(|m| m.topic.ends_with(end));
         of.map(|m| serde_json::from_str(&m.payload).expect("JSON")).collect()
     };
@@ -88,6 +95,8 @@ pub fn run(seconds: u64) {
         broker.kill();
         at(22);
         broker.restart();
+        let before = messages();
+        heard.replace((before, subscribe(broker.port)));
         at(35);
         let half = minutes.len() % 2;
         sites[half].take().expect("on").stop();
@@ -115,7 +124,8 @@ pub fn run(seconds: u64) {
         at(60);
     }
     assert_eq!(service.stop().code(), Some(0), "{}", service.log());
-    until("offline", 10, || subscriber.has("noblink/v1/test/availability", "offline"));
+    let offline = |m: &Message| m.topic.ends_with("/availability") && m.payload == "offline";
+    until("offline", 10, || messages().iter().any(offline));
 
     let telemetry = on("/telemetry");
     for record in &telemetry {

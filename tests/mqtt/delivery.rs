@@ -1,6 +1,6 @@
 //! Against a real Mosquitto that comes and goes.
 
-use crate::harness::link::{ROOMY, Running, plain};
+use crate::harness::link::{BOOT, ROOMY, Running, plain};
 use crate::harness::mosquitto::{Message, Mosquitto, Subscriber, publish};
 use crate::harness::until;
 use noblink::mqtt::outbox::{Bounds, Record};
@@ -138,6 +138,7 @@ fn a_full_outbox_announces_exactly_what_it_lost() {
             for camera in ["gate", "yard"] {
                 outbox.push(Record {
                     camera: camera.into(),
+                    boot: BOOT.into(),
                     seq,
                     topic: topics.detections(camera),
                     payload: seq.to_string().into(),
@@ -171,7 +172,7 @@ fn accounted_for(messages: &[Message], gaps: &str, camera: &str) {
             assert_eq!(gap["schema"], "noblink.gaps/1");
             assert_eq!(gap["device"], "edge-1");
             assert_eq!(gap["camera"], camera);
-            assert_eq!(gap["boot"], "7f3k9q2m4x8w1b5d");
+            assert_eq!(gap["boot"], BOOT);
             assert_eq!(gap["reason"], "outbox_full");
             let (from, to) = (gap["seq_from"].as_u64().unwrap(), gap["seq_to"].as_u64().unwrap());
             assert_eq!(gap["count"].as_u64().unwrap(), to - from + 1);

@@ -8,13 +8,14 @@ use proptest::prelude::*;
 fn record(camera: &str, seq: u64, bytes: usize) -> Record {
     Record {
         camera: camera.into(),
+        boot: "b".into(),
         seq,
         topic: format!("t/{camera}").into(),
         payload: vec![0; bytes],
     }
 }
 
-fn take_seq(outbox: &Outbox) -> Option<(u64, u64)> {
+fn take_seq(outbox: &Outbox) -> Option<(i64, u64)> {
     match outbox.take()? {
         Loan { ticket, cargo: Cargo::Record(r) } => Some((ticket, r.seq)),
         loan => panic!("a record was expected, not {loan:?}"),

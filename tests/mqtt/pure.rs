@@ -57,7 +57,6 @@ fn a_link_may_run_on_any_runtime_and_its_status_is_json() {
     fn assert_send<T: Send>(_: &T) {}
     let settings = Settings {
         device: "edge-1".into(),
-        boot: "b".into(),
         topics: Topics::new("noblink", "edge-1"),
         broker: plain(1883),
         filters: Vec::new(),

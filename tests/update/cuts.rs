@@ -17,7 +17,8 @@ use noblink::update::keeper::{Keeper, kernel_boot};
 use noblink::update::registry::Model;
 use noblink::update::start_order;
 
-use super::{command, store::open};
+use super::command;
+use crate::harness::store::{self, copy_dir, open};
 
 const DIR: &str = "NOBLINK_TEST_DIR";
 /// Models fail on probation.
@@ -233,23 +234,7 @@ fn drop_model(dir: &Path, content: &str) -> Digest {
 
 /// The invariants that hold at any instant, after any kill. Returns the active model.
 fn check(dir: &Path) -> Option<Digest> {
-    let keeper = open(dir);
-    let state = keeper.state();
-    // I1, I3: what the slot names is there, whole.
-    for digest in [state.slot.active, state.slot.previous].into_iter().flatten() {
-        keeper.store().load(&digest).expect("active and previous are whole");
-        assert!(!state.quarantine.contains_key(&digest), "a failed model is in the slot");
-    }
-    for digest in keeper.store().list().unwrap() {
-        keeper.store().load(&digest).expect("a blob is whole or not there");
-    }
-    // I4: at most one terminal state each.
-    for job in keeper.registry().jobs(usize::MAX).unwrap() {
-        let changes = keeper.registry().changes(job.serial).unwrap();
-        let terminal = |s: &str| !matches!(s, "QUEUED" | "IN_PROGRESS");
-        let ends = changes.iter().filter(|c| terminal(&c.state)).count();
-        assert_eq!(ends, usize::from(job.state.is_terminal()), "{job:?}: {changes:?}");
-    }
+    let state = store::check(dir);
     // I2: no epoch is shown by two models, and none goes back.
     let events = fs::read_to_string(dir.join("events")).unwrap_or_default();
     let mut last = (0, "none".to_owned());
@@ -260,19 +245,6 @@ fn check(dir: &Path) -> Option<Digest> {
         last = (epoch, model.to_owned());
     }
     state.slot.active
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_dir(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), &target).unwrap();
-        }
-    }
 }
 
 fn serve(dir: &Path, env: &[(&str, &str)]) -> ExitStatus {

@@ -14,6 +14,7 @@ use noblink::update::registry::{Model, Registry};
 use noblink::update::store::{Store, StoreError};
 
 use super::{command, digest};
+use crate::harness::store::open;
 
 fn put(store: &Store, bytes: &[u8]) -> Digest {
     let mut part = store.stage(bytes.len() as u64, 1 << 20).unwrap();
@@ -26,12 +27,6 @@ fn names(dir: &Path) -> Vec<String> {
         fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
-}
-
-pub(crate) fn open(dir: &Path) -> Keeper {
-    let (keeper, notices) = Keeper::open(dir, 0, 1_000).unwrap();
-    assert!(notices.is_empty(), "{notices:?}");
-    keeper
 }
 
 /// All that is to be done, in one list.

@@ -53,6 +53,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub(super) struct Report {
     swaps: usize,
     full_updates: u32,
+    /// From the command of a full update to the first result by the new model.
+    update_ms: Spread,
     frames: usize,
     /// Frames of which there is no result: dropped by an overloaded box, or lost.
     frames_missing: u64,
@@ -110,6 +112,7 @@ impl fmt::Display for Report {
         };
         let (swap, sham) = (&self.swap, &self.sham);
         row("a model's run, ms", &self.inference_ms)?;
+        row("full update, command to first result, ms", &self.update_ms)?;
         row("a camera's longest gap around a swap, ms", &swap.gap_ms)?;
         row("  without one", &sham.gap_ms)?;
         row("longest pause of all around a swap, ms", &swap.pause_ms)?;
@@ -130,6 +133,8 @@ struct Bench {
     demo: Demo,
     slower: Option<Ratio>,
     results: Vec<Vec<Outcome>>,
+    /// How long each full update took, milliseconds.
+    updates: Vec<f64>,
     ticked: Instant,
 }
 
@@ -151,8 +156,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         clips: args.clips.clone(),
     })?;
     let cameras = demo.app.snapshot().cameras.len();
-    let results = vec![Vec::new(); cameras];
-    let mut bench = Bench { demo, slower, results, ticked: Instant::now() };
+    let (results, updates) = (vec![Vec::new(); cameras], Vec::new());
+    let mut bench = Bench { demo, slower, results, updates, ticked: Instant::now() };
     bench.run_for(Duration::from_secs(8));
     // The burst with which a camera starts is not what is measured.
     bench.results.iter_mut().for_each(|r| drop(r.drain(..r.len().saturating_sub(1))));
@@ -173,7 +178,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     let results = std::mem::take(&mut bench.results);
     let last = bench.demo.stop();
     let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
-    report(args, &results, unaccounted, (early, end))
+    report(bench.updates, &results, unaccounted, (early, end))
 }
 
 fn shipped(version: u32) -> anyhow::Result<PathBuf> {
@@ -246,7 +251,7 @@ impl Bench {
         let mut part = desk.store().stage(bytes.len() as u64, bytes.len() as u64)?;
         part.write(&bytes)?;
         let blob = part.finish(None)?;
-        let epoch = self.epoch();
+        let (epoch, commanded) = (self.epoch(), Instant::now());
         self.ask(Order::Stored {
             id: id.into(),
             name: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -256,7 +261,11 @@ impl Bench {
             signature: None,
             accept_slower: self.slower,
         })?;
-        self.until_done(id, epoch)
+        self.until_done(id, epoch)?;
+        let new = |r: &&Outcome| r.epoch > epoch;
+        let first = self.results.iter().filter_map(|c| c.iter().find(new)).map(|r| r.at).min();
+        self.updates.extend(first.map(|at| (at - commanded).as_secs_f64() * 1e3));
+        Ok(())
     }
 
     fn roll_back(&mut self, id: &str) -> anyhow::Result<()> {
@@ -267,7 +276,7 @@ impl Bench {
 }
 
 fn report(
-    args: &Args,
+    updates: Vec<f64>,
     results: &[Vec<Outcome>],
     unaccounted: u64,
     (early, end): (f64, f64),
@@ -295,7 +304,8 @@ fn report(
     let (swap, sham) = (swap.sum_up()?, sham.sum_up()?);
     Ok(Report {
         swaps: changes,
-        full_updates: args.updates,
+        full_updates: updates.len() as u32,
+        update_ms: Spread::of(updates)?,
         frames: results.iter().map(Vec::len).sum(),
         frames_missing: missing,
         frames_doubled: doubled,

@@ -543,15 +543,15 @@ fn strong_etag(response: &Response<Body>) -> Option<&str> {
     text(response, header::ETAG).filter(|tag| tag.starts_with('"') && tag.len() <= 1024)
 }
 
-/// First byte and total of `bytes 100-199/200`.
-fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+/// First byte and total of `bytes 100-199/200`, the value of Content-Range.
+pub fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes")?.trim_start().split_once('/')?;
     let (first, _) = range.split_once('-')?;
     Some((first.parse().ok()?, total.parse().ok()))
 }
 
 /// What a URL writes as `%40` is an `@` in the header.
-fn percent_decoded(text: &str) -> String {
+pub fn percent_decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {

@@ -28,7 +28,7 @@ pub use allow::{AllowedHost, admit};
 pub use chunks::{
     Accepted, CHUNK_SIZE, ChunkTransfer, Dropped, Tally, WANT_COUNT_MAX, Want, chunk_payload,
 };
-pub use http::{Rules, http};
+pub use http::{Rules, content_range, http, percent_decoded};
 pub use pull::mqtt;
 
 use super::digest::Digest;

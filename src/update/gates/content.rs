@@ -8,6 +8,10 @@ use crate::model::contract::{Contract, Overrides};
 use crate::model::file::ModelFile;
 use crate::model::onnx::Scan;
 use crate::model::refusal::Refusal;
+use crate::text::{brief, first};
+
+/// Labels, operator domains, that a report names.
+const REPORTED_MAX: usize = 100;
 
 /// What a file is held against.
 #[derive(Debug, Clone, Copy)]
@@ -68,14 +72,15 @@ fn structure(scan: &Scan, size: usize) -> Gate {
         size as f64 / 1e6,
         scan.nodes
     );
+    let opsets = scan.opsets.iter().map(|(domain, version)| (brief(domain, 60), version));
     let numbers = json!({
         "bytes": size,
         "nodes": scan.nodes,
         "initializer_bytes": scan.initializer_bytes,
         "ir_version": scan.ir_version,
-        "opsets": scan.opsets,
-        "op_domains": scan.op_domains,
-        "producer": format!("{} {}", scan.producer, scan.producer_version).trim(),
+        "opsets": opsets.collect::<Vec<_>>(),
+        "op_domains": reported(&scan.op_domains),
+        "producer": brief(format!("{} {}", scan.producer, scan.producer_version).trim(), 60),
     });
     gate("structure", Verdict::Passed, message, numbers)
 }
@@ -94,8 +99,8 @@ fn contract(contract: &Contract, rules: &Rules<'_>) -> (Gate, Option<Reason>) {
         "dtype": input.dtype,
         "output": contract.output.shape,
         "labels": labels.len(),
-        "labels_added": added,
-        "labels_removed": removed,
+        "labels_added": reported(&added),
+        "labels_removed": reported(&removed),
     });
     if !removed.is_empty() && !rules.allow_removed_labels {
         let reason = Reason::new(
@@ -126,10 +131,11 @@ fn contract(contract: &Contract, rules: &Rules<'_>) -> (Gate, Option<Reason>) {
 
 /// The first of a list of labels, in quotes.
 fn quoted(labels: &[String]) -> String {
-    const SHOWN: usize = 5;
-    let shown: Vec<_> = labels.iter().take(SHOWN).map(|label| format!("{label:?}")).collect();
-    match labels.len().saturating_sub(SHOWN) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
-    }
+    let quoted: Vec<_> = labels.iter().map(|label| format!("{:?}", brief(label, 60))).collect();
+    first(&quoted, 5)
+}
+
+/// What a report names of a list: with all else it must fit into an MQTT packet.
+fn reported(texts: &[String]) -> Vec<String> {
+    texts.iter().take(REPORTED_MAX).map(|text| brief(text, 60)).collect()
 }

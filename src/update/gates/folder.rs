@@ -13,11 +13,11 @@ pub(super) const PICTURES_MAX: usize = 500;
 
 /// An object of a picture, by a person's word.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Truth {
-    /// Index into [`Folder::names`].
-    pub(super) class: usize,
+pub struct Truth {
+    /// Index into the names of `data.yaml`.
+    pub class: usize,
     /// `x1, y1, x2, y2` as fractions of the picture.
-    pub(super) corners: [f32; 4],
+    pub corners: [f32; 4],
 }
 
 /// A picture of the folder.
@@ -87,8 +87,11 @@ impl Folder {
 }
 
 /// `class x y w h` in each line, centre and size as fractions; or `class x1 y1 x2 y2 x3 y3 …`, an
-/// outline, whose bounds are taken as Ultralytics does.
-fn boxes(text: &str, classes: usize) -> Result<Vec<Truth>, String> {
+/// outline, whose bounds are taken as Ultralytics does. The error completes "labels/x.txt …".
+///
+/// # Errors
+/// A line is neither, or its class is none of `classes`.
+pub fn boxes(text: &str, classes: usize) -> Result<Vec<Truth>, String> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines
         .map(|(n, line)| {
@@ -130,7 +133,10 @@ fn bounds(outline: &[f32]) -> [f32; 4] {
 
 /// The list under `names`: in one line as JSON or Python would write it, or one name a line, as
 /// `- person` or `0: person`. The error completes "data.yaml …".
-fn names(text: &str) -> Result<Vec<String>, String> {
+///
+/// # Errors
+/// There is no such list, or it leaves classes without a name.
+pub fn names(text: &str) -> Result<Vec<String>, String> {
     let mut lines = text.lines().map(without_comment).skip_while(|l| !l.starts_with("names:"));
     let Some(first) = lines.next() else { return Err("has no `names`".into()) };
     let inline = first["names:".len()..].trim();
@@ -168,9 +174,16 @@ fn names(text: &str) -> Result<Vec<String>, String> {
 
 /// `[a, b]`, `{0: a, 1: b}`, quoted or not.
 fn inline_names(text: &str) -> Result<Vec<String>, String> {
-    if text.contains(['"', '\'']) {
-        return labels::parse(text).map_err(|why| format!("has `names` that {why}"));
-    }
+    let names = if text.contains(['"', '\'']) {
+        labels::parse(text).map_err(|why| format!("has `names` that {why}"))?
+    } else {
+        bare_names(text)?
+    };
+    if names.is_empty() { Err("has `names` without a name".into()) } else { Ok(names) }
+}
+
+/// `[a, b]`, `{0: a, 1: b}`.
+fn bare_names(text: &str) -> Result<Vec<String>, String> {
     let inside = text
         .strip_prefix('[')
         .and_then(|t| t.strip_suffix(']'))
@@ -219,7 +232,14 @@ mod tests {
         ] {
             assert_eq!(names(text).as_deref(), Ok(&["plate".into(), "dent".into()][..]), "{text}");
         }
-        for text in ["path: .\n", "names:\n", "names:\n  1: dent\n", "names: plate\n"] {
+        for text in [
+            "path: .\n",
+            "names:\n",
+            "names:\n  1: dent\n",
+            "names: plate\n",
+            "names: []\n",
+            "names: {}\n",
+        ] {
             assert!(names(text).is_err(), "{text}");
         }
     }

@@ -148,7 +148,14 @@ impl FrameDump {
     /// # Errors
     /// The file can't be written.
     pub fn write(&self, file: &Path) -> std::io::Result<()> {
-        let mut to = std::io::BufWriter::new(std::fs::File::create(file)?);
+        self.write_to(std::io::BufWriter::new(std::fs::File::create(file)?))
+    }
+
+    /// Writes a dump to anything.
+    ///
+    /// # Errors
+    /// It can't be written to.
+    pub fn write_to(&self, mut to: impl Write) -> std::io::Result<()> {
         serde_json::to_writer(&mut to, &self.head)?;
         to.write_all(b"\n")?;
         to.write_all(&self.data)?;
@@ -160,26 +167,32 @@ impl FrameDump {
     /// # Errors
     /// The file can't be read, or is no dump.
     pub fn read(file: &Path) -> Result<Self, DumpError> {
-        let wrong = |why: String| DumpError { file: file.to_owned(), why };
-        let open = || -> std::io::Result<_> {
-            let mut from = BufReader::new(std::fs::File::open(file)?);
-            let mut line = String::new();
-            from.by_ref().take(HEAD_BYTES_MAX).read_line(&mut line)?;
-            Ok((from, line))
-        };
-        let (from, line) = open().map_err(|e| wrong(e.to_string()))?;
-        let head: Head = serde_json::from_str(&line)
-            .map_err(|e| wrong(format!("is no dump of a frame: {e}")))?;
+        let opened = std::fs::File::open(file).map_err(|e| e.to_string());
+        opened
+            .and_then(|from| Self::read_from(BufReader::new(from)))
+            .map_err(|why| DumpError { file: file.to_owned(), why })
+    }
+
+    /// Reads a dump from anything; the error completes "the file …".
+    ///
+    /// # Errors
+    /// It can't be read from, or holds no dump.
+    pub fn read_from(mut from: impl BufRead) -> Result<Self, String> {
+        let mut line = String::new();
+        let read = from.by_ref().take(HEAD_BYTES_MAX).read_line(&mut line);
+        read.map_err(|e| e.to_string())?;
+        let head: Head =
+            serde_json::from_str(&line).map_err(|e| format!("is no dump of a frame: {e}"))?;
         if head.schema != SCHEMA {
-            return Err(wrong(format!("schema {:?} is not {SCHEMA}", head.schema)));
+            return Err(format!("schema {:?} is not {SCHEMA}", head.schema));
         }
-        bounds(head.width, head.height).map_err(&wrong)?;
+        bounds(head.width, head.height)?;
         let size: usize =
             head.format.planes(head.width, head.height).iter().map(|(b, rows)| b * rows).sum();
         let mut data = Vec::with_capacity(size);
-        from.take(size as u64 + 1).read_to_end(&mut data).map_err(|e| wrong(e.to_string()))?;
+        from.take(size as u64 + 1).read_to_end(&mut data).map_err(|e| e.to_string())?;
         if data.len() != size {
-            return Err(wrong(format!("does not hold the {size} bytes of its planes")));
+            return Err(format!("does not hold the {size} bytes of its planes"));
         }
         Ok(Self { head, data })
     }

@@ -17,7 +17,7 @@ mod child;
 mod confine;
 mod content;
 mod examine;
-mod folder;
+pub mod folder;
 mod frame;
 mod latency;
 mod probation;
@@ -25,7 +25,7 @@ pub mod proving;
 mod request;
 mod score;
 mod shift;
-mod wire;
+pub mod wire;
 
 use serde_json::{Value, json};
 

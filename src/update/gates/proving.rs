@@ -253,10 +253,9 @@ fn kill(child: &mut Child) {
 }
 
 fn listen(out: impl Read, lines: &Sender<Line>) {
-    for text in BufReader::new(out.take(OUTPUT_BYTES_MAX)).lines() {
+    for text in BufReader::new(out.take(OUTPUT_BYTES_MAX)).split(b'\n') {
         let Ok(text) = text else { return };
-        // Whatever a library prints is none of ours.
-        if let Ok(line) = serde_json::from_str(&text)
+        if let Some(line) = Line::read(&text)
             && lines.send(line).is_err()
         {
             return;

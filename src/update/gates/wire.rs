@@ -9,25 +9,25 @@ use super::request::Request;
 
 /// On the child's standard input.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Ticket {
+pub struct Ticket {
     /// Random; the report must repeat it.
-    pub(super) nonce: String,
+    pub nonce: String,
     /// Whose child it must still be when it starts.
-    pub(super) parent: i32,
+    pub parent: i32,
     /// CPU seconds for each step.
-    pub(super) cpu_s: u64,
+    pub cpu_s: u64,
     /// CPU seconds for all of them, which nothing raises.
-    pub(super) cpu_total_s: u64,
+    pub cpu_total_s: u64,
     /// Added to the parent's.
-    pub(super) nice: i32,
+    pub nice: i32,
     /// The work.
-    pub(super) request: Request,
+    pub request: Request,
 }
 
 /// A line of the child's standard output.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Line {
+pub enum Line {
     /// What it does from here on: whose fault it is if it dies.
     Step(Step),
     /// A gate's result. Counts only as part of the report, but tells how far a dead child came.
@@ -36,27 +36,41 @@ pub(super) enum Line {
     Report(Box<Report>),
 }
 
+impl Line {
+    /// Reads a line; none for what a library printed, which is none of ours.
+    pub fn read(text: &[u8]) -> Option<Self> {
+        serde_json::from_slice(text).ok()
+    }
+}
+
 /// A piece of work, and for which model it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Step {
-    pub(super) what: Work,
-    pub(super) who: Who,
+pub struct Step {
+    /// The work.
+    pub what: Work,
+    /// The model.
+    pub who: Who,
 }
 
 /// What is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Work {
+pub enum Work {
+    /// The session is built.
     Load,
+    /// Black, white, noise, life.
     Examine,
+    /// The site's pictures.
     Calibration,
+    /// Live frames.
     Agreement,
+    /// Times.
     Latency,
 }
 
 impl Work {
     /// The gate that it belongs to.
-    pub(super) fn gate(self) -> &'static str {
+    pub fn gate(self) -> &'static str {
         match self {
             Self::Load | Self::Examine => "proving",
             Self::Calibration => "calibration",
@@ -65,7 +79,8 @@ impl Work {
         }
     }
 
-    pub(super) fn words(self) -> &'static str {
+    /// Reads on from what happened.
+    pub fn words(self) -> &'static str {
         match self {
             Self::Load => "while it was loaded",
             Self::Examine => "on black, white and noise frames",
@@ -79,15 +94,17 @@ impl Work {
 /// Whose model is at work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Who {
+pub enum Who {
+    /// The one that is proven.
     Candidate,
+    /// The one that runs.
     Active,
 }
 
 /// Whose fault a refusal is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Fault {
+pub enum Fault {
     /// The model's.
     Model,
     /// The machine's or the configuration's: nothing was found out about the model.
@@ -96,10 +113,15 @@ pub(super) enum Fault {
 
 /// The child's verdict.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Report {
-    pub(super) nonce: String,
-    pub(super) gates: Vec<Gate>,
-    pub(super) refused: Option<(Fault, Reason)>,
-    pub(super) ask: Option<Reason>,
-    pub(super) phases_ms: BTreeMap<String, f64>,
+pub struct Report {
+    /// The ticket's.
+    pub nonce: String,
+    /// Each gate's result.
+    pub gates: Vec<Gate>,
+    /// Why the model may not run, and whose fault that is.
+    pub refused: Option<(Fault, Reason)>,
+    /// What a person should be asked.
+    pub ask: Option<Reason>,
+    /// How long what took.
+    pub phases_ms: BTreeMap<String, f64>,
 }

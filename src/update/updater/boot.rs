@@ -103,6 +103,7 @@ impl Thread {
     /// Counts tries before anything is loaded, then loads what there is, best first.
     pub(super) fn boot(&mut self) -> anyhow::Result<()> {
         let kernel_boot = kernel_boot()?;
+        self.repeat_last_end();
         self.handle(Event::Boot { now: now_ms(), kernel_boot });
         let factory = self.factory();
         let digest = factory.as_ref().ok().and_then(|f| f.as_ref()).map(|(d, _)| *d);

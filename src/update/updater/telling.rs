@@ -36,15 +36,28 @@ impl Thread {
             JobState::Rejected | JobState::Failed | JobState::TimedOut => warn!("{what}"),
             _ => info!("{what}"),
         }
-        let record = job_record(&self.parts.origin, job);
-        let topic = self.parts.topics.models_job(&job.id);
-        self.parts.outbox.push(unnumbered(topic, &record));
+        self.publish_job(job);
         if job.way == Way::Inbox
             && job.state.is_terminal()
             && job.state != JobState::Succeeded
             && job.phase != Some(Phase::RolledBack)
         {
             self.give_back(job);
+        }
+    }
+
+    fn publish_job(&self, job: &Job) {
+        let record = job_record(&self.parts.origin, job);
+        let topic = self.parts.topics.models_job(&job.id);
+        self.parts.outbox.push(unnumbered(topic, &record));
+    }
+
+    /// The last life may have died between the end of a job and the word of it: the job that ended
+    /// last is told once more.
+    pub(super) fn repeat_last_end(&self) {
+        let newest = self.keeper.registry().jobs(3).unwrap_or_default();
+        if let Some(job) = newest.iter().find(|j| j.state.is_terminal()) {
+            self.publish_job(job);
         }
     }
 
@@ -226,5 +239,5 @@ pub(super) fn job_record(origin: &Origin, job: &Job) -> Value {
 /// A record that belongs to no camera: it has no number and no gap is announced for it.
 pub(crate) fn unnumbered(topic: Arc<str>, value: &Value) -> Record {
     let payload = serde_json::to_vec(value).expect("JSON becomes JSON");
-    Record { camera: "".into(), seq: 0, topic, payload }
+    Record { camera: "".into(), boot: "".into(), seq: 0, topic, payload }
 }

@@ -1,10 +1,12 @@
 //! What is looked at after a swap: that the worker took it, that the model stands its probation.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
 use super::super::event::{Event, Step};
+use super::super::failpoint;
 use super::super::gates::{self, Seen};
 use super::super::job::{Gate, Reason};
 use super::super::report;
@@ -13,6 +15,7 @@ use super::super::watch::{self, Probation};
 use super::{BEFORE, Thread, now_ms};
 use crate::host;
 use crate::meter::Outcome;
+use crate::model::engine::Model;
 use crate::queue::LaneSnapshot;
 
 impl Thread {
@@ -57,8 +60,8 @@ impl Thread {
                 self.drops.pop_front();
             }
         }
+        self.watch_hang(now);
         if self.probation.is_some() {
-            self.watch_hang(now);
             self.watch_probation(now);
         }
         if !self.swaps.is_empty() {
@@ -78,36 +81,53 @@ impl Thread {
         self.parts.intake.snapshot().iter().map(of).sum()
     }
 
+    /// A run that hangs is asked to end. On probation that is the model's end; a committed one loses
+    /// the frame and goes on with the next. What does not end takes the process with it.
     pub(super) fn watch_hang(&mut self, now: Instant) {
-        let Some(probation) = &self.probation else { return };
-        let Some((busy, epoch)) = self.parts.pulse.busy() else {
-            self.terminated = None;
+        let busy = self.parts.pulse.busy().filter(|(busy, _)| *busy >= watch::HANG_MIN);
+        let hangs = busy.filter(|(busy, _)| *busy >= watch::hangs_after(&self.results(BEFORE)));
+        let Some((busy, epoch)) = hangs else {
+            if self.terminated.take().is_some()
+                && let Some(live) = self.parts.slot.load()
+            {
+                live.model.resume();
+            }
             return;
         };
-        if epoch != probation.epoch || busy < watch::hangs_after(&self.results(BEFORE)) {
+        let busy_s = busy.as_secs_f64();
+        let Some(asked) = self.terminated else {
+            warn!("a run hangs for {busy_s:.1} s: it is asked to end");
+            if !failpoint::leaves_out(failpoint::DEAF) {
+                self.terminate(epoch);
+            }
+            self.terminated = Some(now);
+            return;
+        };
+        if now - asked < watch::HANG_GRACE {
             return;
         }
-        let serial = probation.serial;
-        match self.terminated {
-            None => {
-                warn!("a run hangs for {:.1} s: it is asked to end", busy.as_secs_f64());
-                if let Some(model) = self.warm.get(&probation.digest) {
-                    model.terminate();
-                }
-                self.terminated = Some(now);
-            }
-            Some(asked) if now - asked >= watch::HANG_GRACE => {
-                let text = format!("a run hung for {:.1} s and did not end", busy.as_secs_f64());
+        let text = format!("a run hung for {busy_s:.1} s and did not end");
+        match self.probation.as_ref().filter(|p| p.epoch == epoch) {
+            Some(probation) => {
                 error!("{text}: the service ends and starts with the model before");
-                let reason = Reason::new("hang", text);
+                let (serial, reason) = (probation.serial, Reason::new("hang", text));
                 // Committed before the end; the swap that follows it is for nobody.
                 let gates = vec![self.probation_gate(probation, Some(&reason))];
                 let failed = Event::ProbationFailed { now: now_ms(), serial, reason, gates };
                 drop(self.keeper.handle(failed, &mut |_| ()));
-                std::process::exit(1);
             }
-            Some(_) => {}
+            None => error!("{text}: the service ends, to be started again"),
         }
+        std::process::exit(1);
+    }
+
+    /// Asks the model of this epoch to end its run: the one in the slot, or one that has left it.
+    fn terminate(&self, epoch: u64) {
+        let live = self.parts.slot.load();
+        let is_live =
+            |model: &Arc<Model>| live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.model, model));
+        let in_slot = live.as_ref().is_some_and(|live| live.epoch == epoch);
+        self.warm.values().filter(|m| is_live(m) == in_slot).for_each(|m| m.terminate());
     }
 
     pub(super) fn watch_probation(&mut self, now: Instant) {

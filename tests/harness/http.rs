@@ -13,25 +13,25 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 /// A request as it came; names of headers in lower case.
 #[derive(Debug, Clone)]
-pub(crate) struct Request {
-    pub(crate) path: String,
-    pub(crate) headers: BTreeMap<String, String>,
+pub struct Request {
+    pub path: String,
+    pub headers: BTreeMap<String, String>,
 }
 
 impl Request {
-    pub(crate) fn header(&self, name: &str) -> &str {
+    pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", String::as_str)
     }
 
     /// The first byte of `Range: bytes=N-`.
-    pub(crate) fn range(&self) -> Option<usize> {
+    pub fn range(&self) -> Option<usize> {
         self.header("range").strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
     }
 }
 
 /// How an answer ends after its bytes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Then {
+pub enum Then {
     Close,
     /// The connection stays, silent, until the client leaves.
     Stall,
@@ -43,28 +43,28 @@ pub(crate) enum Then {
 
 /// An answer: the head as it is written, the body, and what comes then.
 #[derive(Debug, Clone)]
-pub(crate) struct Reply {
-    pub(crate) head: String,
-    pub(crate) body: Vec<u8>,
-    pub(crate) then: Then,
+pub struct Reply {
+    pub head: String,
+    pub body: Vec<u8>,
+    pub then: Then,
 }
 
 impl Reply {
-    pub(crate) fn new(status: &str, headers: &str, body: &[u8]) -> Self {
+    pub fn new(status: &str, headers: &str, body: &[u8]) -> Self {
         let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\n{headers}\r\n");
         Self { head, body: body.to_vec(), then: Then::Close }
     }
 
-    pub(crate) fn status(status: &str) -> Self {
+    pub fn status(status: &str) -> Self {
         Self::new(status, "Content-Length: 0\r\n", b"")
     }
 
-    pub(crate) fn redirect(to: &str) -> Self {
+    pub fn redirect(to: &str) -> Self {
         Self::new("302 Found", &format!("Location: {to}\r\nContent-Length: 0\r\n"), b"")
     }
 
     /// As a good server does it: Range, If-Range, ETag.
-    pub(crate) fn file(request: &Request, etag: &str, file: &[u8]) -> Self {
+    pub fn file(request: &Request, etag: &str, file: &[u8]) -> Self {
         let same =
             matches!(request.header("if-range"), "" | "*") || request.header("if-range") == etag;
         let tag = if etag.is_empty() { String::new() } else { format!("ETag: {etag}\r\n") };
@@ -89,7 +89,7 @@ impl Reply {
     }
 
     /// Only so many bytes of the body, then `then`.
-    pub(crate) fn cut(mut self, at: usize, then: Then) -> Self {
+    pub fn cut(mut self, at: usize, then: Then) -> Self {
         if !matches!(then, Then::Drip(..)) {
             self.body.truncate(at);
         }
@@ -99,19 +99,19 @@ impl Reply {
 }
 
 /// A listener on loopback; each request gets what the closure says.
-pub(crate) struct Server {
-    pub(crate) port: u16,
+pub struct Server {
+    pub port: u16,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Server {
     /// `answer` gets the number of the request, from 0.
-    pub(crate) fn start(answer: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Self {
+    pub fn start(answer: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static) -> Self {
         Self::listen(None, answer)
     }
 
     /// With the certificate `server.pem` of a folder.
-    pub(crate) fn tls(
+    pub fn tls(
         dir: &Path,
         answer: impl Fn(usize, &Request) -> Reply + Send + Sync + 'static,
     ) -> Self {
@@ -152,12 +152,49 @@ impl Server {
         Self { port, requests }
     }
 
-    pub(crate) fn url(&self, path: &str) -> String {
+    pub fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
 
-    pub(crate) fn requests(&self) -> Vec<Request> {
+    pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().expect("the server does not panic").clone()
+    }
+}
+
+/// Files by their paths; those under `/slow/` take two seconds.
+pub struct Shelf {
+    pub server: Server,
+    files: Arc<Mutex<BTreeMap<String, Vec<u8>>>>,
+}
+
+impl Shelf {
+    pub fn start() -> Self {
+        let files = Arc::new(Mutex::new(BTreeMap::<String, Vec<u8>>::new()));
+        let shelf = Arc::clone(&files);
+        let server = Server::start(move |_, request| {
+            let files = shelf.lock().expect("the test does not panic with it");
+            let Some(file) = files.get(&request.path) else {
+                return Reply::status("404 Not Found");
+            };
+            let reply = Reply::file(request, "", file);
+            let piece = reply.body.len() / 40 + 1;
+            match request.path.starts_with("/slow/") {
+                true => reply.cut(0, Then::Drip(piece, 50)),
+                false => reply,
+            }
+        });
+        Self { server, files }
+    }
+
+    /// Puts a file there; its URL.
+    pub fn put(&self, path: &str, bytes: Vec<u8>) -> String {
+        self.files.lock().expect("the server does not panic").insert(path.to_owned(), bytes);
+        self.server.url(path)
+    }
+
+    /// The line of `[models]` that lets a service fetch from here.
+    pub fn allowed(&self) -> String {
+        format!("allowed_hosts = [\"127.0.0.1:{}\"]\n", self.server.port)
     }
 }
 
