@@ -47,7 +47,7 @@ bench-swap: build
 	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
 	fi
 
-# Half an hour; SOAK_SECONDS=60 SOAK_KILLS=10 for a look.
+# An hour and a half; SOAK_SECONDS=180 SOAK_KILLS=10 for a look.
 soak: setup-tests
 	$(CARGO) test --locked --test soak -- --nocapture --test-threads 1
 

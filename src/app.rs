@@ -5,32 +5,40 @@
 //! that whoever produces finds whoever consumes. Stop: the reverse. A start that fails half-way
 //! stops what it started.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
+use crossbeam_channel::{Receiver, Select};
 use tracing::{error, info, warn};
 
-use crate::camera::{Camera, CameraStatus, State};
-use crate::config::{self, Config, External};
+use crate::camera::{CameraStatus, State};
+use crate::config::{self, Config, External, Invalid};
 use crate::control;
+use crate::fleet::{Changes, Fleet};
 use crate::meter::Meter;
 use crate::model::engine::Model;
 use crate::model::runtime::Runtime;
 use crate::model::slot::Slot;
 use crate::mqtt::board::Board;
+use crate::mqtt::link::Inbound;
 use crate::mqtt::outbox::{Bounds, Outbox};
 use crate::mqtt::spooler::{self, Spooler};
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
 use crate::notify::Notifier;
-use crate::queue::{self, Intake, LaneSettings};
+use crate::queue::Intake;
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::sampler::Sampler;
-use crate::signals::Signals;
-use crate::snapshot::{CameraSnapshot, Snapshot, Telemeter};
+use crate::signals::{Asked, Signals};
+use crate::snapshot::{Snapshot, Telemeter};
+use crate::switches;
+use crate::update::event::Answer;
+use crate::update::job::Reason;
+use crate::update::orders;
 use crate::update::updater::{self, Desk, Updater};
 use crate::vision::nms;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
@@ -38,9 +46,6 @@ use crate::{affinity, assets};
 
 /// What may wait for the broker in memory; more waits on disk.
 pub const OUTBOX: Bounds = Bounds { records: 20_000, bytes: 32 << 20 };
-
-/// Longest time that the cameras may take to stop, together.
-const CAMERAS_STOP: Duration = Duration::from_secs(3);
 
 /// The running service.
 pub struct App {
@@ -58,7 +63,9 @@ pub struct App {
     outbox: Arc<Outbox>,
     board: Arc<Board>,
     pulse: Arc<Pulse>,
-    cameras: Vec<Camera>,
+    fleet: Fleet,
+    /// `cmd/cameras/…`
+    commands: Receiver<Inbound>,
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
     net: Net,
@@ -72,7 +79,7 @@ pub struct App {
 #[derive(Default)]
 struct Said {
     status: Option<Status>,
-    cameras: Vec<Option<CameraStatus>>,
+    cameras: BTreeMap<String, CameraStatus>,
 }
 
 impl App {
@@ -121,13 +128,8 @@ impl App {
             }
         };
 
-        let settings: Vec<LaneSettings> = config
-            .cameras
-            .iter()
-            .map(|c| LaneSettings { queue: c.queue, max_fps: c.max_fps })
-            .collect();
-        let (intake, inlets) = queue::build(&settings);
-        let meter = Arc::new(Meter::new(config.cameras.len()));
+        let intake = Arc::new(Intake::default());
+        let meter = Arc::new(Meter::default());
         let pulse = Arc::new(Pulse::default());
         let sampler = Arc::new(Sampler::default());
         let parts = runtime.as_ref().map(|runtime| updater::Parts {
@@ -170,14 +172,19 @@ impl App {
             sampler,
             origin.clone(),
             &topics,
-            &config.cameras,
             &config.inference,
+        );
+        let fleet = Fleet::new(
+            Arc::clone(&intake),
+            Arc::clone(&meter),
+            assets::templates(None),
+            &config.device.state_dir,
         );
         let mut app = Self {
             started_us: now_us(),
-            telemeter: Telemeter::new(config.cameras.len()),
+            telemeter: Telemeter::default(),
             notifier: Notifier::default(),
-            said: Said { cameras: vec![None; config.cameras.len()], ..Said::default() },
+            said: Said::default(),
             config,
             origin,
             cores,
@@ -190,13 +197,14 @@ impl App {
             outbox,
             board,
             pulse,
-            cameras: Vec::new(),
+            fleet,
+            commands: net.for_cameras(),
             worker: None,
             updater,
             net,
             spooler,
         };
-        if let Err(e) = app.start_threads(worker, inlets) {
+        if let Err(e) = app.start_threads(worker) {
             app.stop();
             return Err(e);
         }
@@ -204,7 +212,7 @@ impl App {
         Ok(app)
     }
 
-    fn start_threads(&mut self, worker: Worker, inlets: Vec<queue::Inlet>) -> anyhow::Result<()> {
+    fn start_threads(&mut self, worker: Worker) -> anyhow::Result<()> {
         let cores = self.cores.clone();
         let infer = std::thread::Builder::new().name("infer".into());
         self.worker = Some(
@@ -217,35 +225,105 @@ impl App {
                 })
                 .context("the worker's thread can't be started")?,
         );
-        let templates = Arc::new(assets::templates(None));
-        for (camera, inlet) in self.config.cameras.iter().zip(inlets) {
-            let started = Camera::start(camera.clone(), inlet, Arc::clone(&templates));
-            let context = || format!("camera {} can't be started", camera.id);
-            self.cameras.push(started.with_context(context)?);
+        let cameras = std::mem::take(&mut self.config.cameras);
+        let started = self.fleet.apply(&cameras);
+        self.clear_status_of(&started.gone);
+        match started.failed.first() {
+            Some(why) => Err(anyhow!("{why}")),
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    /// Ticks once a second until a signal comes, or `at_most` is over.
-    pub fn run(&mut self, signals: &Signals, at_most: Option<Duration>) {
-        let end = at_most.map(|d| Instant::now() + d);
-        let second = Duration::from_secs(1);
+    /// Ticks once a second, and when there is something to do, until a signal asks for something.
+    pub fn run(&mut self, signals: &Signals) -> Asked {
         loop {
-            let left = end.map_or(second, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() || signals.wait(left.min(second)) {
-                return;
+            let mut wake = Select::new();
+            wake.recv(signals.bell());
+            wake.recv(&self.commands);
+            let _ = wake.ready_timeout(Duration::from_secs(1));
+            if let Some(asked) = signals.asked() {
+                return asked;
             }
             self.tick();
         }
     }
 
+    /// Applies the cameras of the configuration as it stands now. One with problems changes nothing.
+    pub fn reload(&mut self, config: Result<Config, Invalid>) {
+        let config = match config {
+            Ok(config) => config,
+            Err(problems) => {
+                return error!("the configuration is not reloaded, nothing changes: {problems}");
+            }
+        };
+        let Changes { added, changed, removed, gone, failed } = self.fleet.apply(&config.cameras);
+        let list = |ids: Vec<String>| if ids.is_empty() { "none".into() } else { ids.join(", ") };
+        info!(
+            "reloaded; cameras added: {}; changed: {}; removed: {}",
+            list(added),
+            list(changed),
+            list(removed)
+        );
+        failed.iter().for_each(|why| error!("{why}"));
+        self.clear_status_of(&gone);
+        let others = self.config.differs_beside_cameras(&config);
+        if !others.is_empty() {
+            warn!("takes effect at the next start: {}", others.join(", "));
+        }
+        if let Some(live) = self.slot.load() {
+            warn_of_unknown_labels(&self.fleet, &live.model);
+        }
+        self.tick();
+    }
+
+    /// Does what a message on `cmd/cameras/…` says, and answers where an answer is wanted.
+    fn obey(&mut self, message: &Inbound) {
+        let done = switches::order(&self.topics, message).and_then(|(id, on)| {
+            let switched = self.fleet.switch(&id, on);
+            switched.map_err(|e| Reason::new(e.code(), e.to_string()))?;
+            info!("camera {id}: switched {} over MQTT", if on { "on" } else { "off" });
+            Ok(())
+        });
+        let answer = match done {
+            Ok(()) => Answer::Done,
+            Err(reason) => {
+                warn!("{}: {reason}", message.topic);
+                Answer::Refused(reason)
+            }
+        };
+        let Some(to) = &message.response_topic else { return };
+        match self.topics.parse_reply(to) {
+            Some(id) => {
+                let reply = updater::unnumbered(to.as_str().into(), &orders::reply(id, &answer));
+                self.outbox.push(reply);
+            }
+            None => warn!(
+                "{}: no answer to {to:?}: a response topic must be {}",
+                message.topic,
+                self.topics.reply("<id>")
+            ),
+        }
+    }
+
+    /// A broker keeps what was retained until an empty message takes its place.
+    fn clear_status_of(&self, cameras: &[String]) {
+        for id in cameras {
+            self.board.set(&self.topics.camera_status(id), Vec::new());
+        }
+    }
+
     /// Takes a snapshot and publishes what follows from it.
     pub fn tick(&mut self) -> Snapshot {
+        while let Ok(message) = self.commands.try_recv() {
+            self.obey(&message);
+        }
+        self.fleet.heal(Instant::now());
         let snapshot = self.snapshot();
         self.publish_status(&snapshot);
         self.publish_cameras(&snapshot);
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
+            self.fleet.forget_removed();
         }
         self.notifier.tell(&snapshot, self.pulse.beats.load(Ordering::Relaxed));
         snapshot
@@ -253,19 +331,9 @@ impl App {
 
     /// The whole, now.
     pub fn snapshot(&self) -> Snapshot {
-        self.snapshot_with(self.cameras.iter().map(Camera::status))
-    }
-
-    fn snapshot_with(&self, statuses: impl Iterator<Item = CameraStatus>) -> Snapshot {
-        let lanes = self.intake.snapshot();
-        let camera = |((config, lane), status): ((&config::Camera, _), _)| CameraSnapshot {
-            id: config.id.clone(),
-            status,
-            lane,
-        };
         Snapshot {
             time_us: now_us(),
-            cameras: self.config.cameras.iter().zip(lanes).zip(statuses).map(camera).collect(),
+            cameras: self.fleet.snapshot(),
             live: self.slot.load(),
             link: self.net.link_status(),
             outbox: self.outbox.stats(),
@@ -307,14 +375,15 @@ impl App {
                 cores: self.cores.clone(),
             }
         });
-        let states = snapshot.cameras.iter().map(|c| (c.id.clone(), c.status.state.name()));
+        let present = snapshot.cameras.iter().filter(|c| c.status.state != State::Removed);
+        let states = present.map(|c| (c.id.clone(), c.status.state.name()));
         let status = Status {
             schema: "noblink.status/1",
             device: self.origin.device.clone(),
             boot: self.origin.boot.clone(),
             version: env!("CARGO_PKG_VERSION"),
             started: rfc3339(self.started_us),
-            advice: model.is_none().then(|| self.advice()).flatten(),
+            advice: self.advice(model.is_some()),
             model,
             cameras: states.collect(),
             limits: Limits {
@@ -325,25 +394,34 @@ impl App {
         };
         if self.said.status.as_ref() != Some(&status) {
             if let Some(live) = &snapshot.live {
-                warn_of_unknown_labels(&self.config, &live.model);
+                warn_of_unknown_labels(&self.fleet, &live.model);
             }
             self.board.set(&self.topics.status(), to_json(&status));
             self.said.status = Some(status);
         }
     }
 
-    fn advice(&self) -> Option<String> {
-        self.no_runtime.clone().or_else(|| self.updater.as_ref()?.desk().view().advice)
+    /// What to do next: about the model, about the cameras.
+    fn advice(&self, has_model: bool) -> Option<String> {
+        let of_updater = || self.updater.as_ref()?.desk().view().advice;
+        let model = if has_model { None } else { self.no_runtime.clone().or_else(of_updater) };
+        let camera = self.fleet.settings().next().is_none().then(|| config::NO_CAMERA.to_owned());
+        let all: Vec<_> = model.into_iter().chain(camera).collect();
+        (!all.is_empty()).then(|| all.join("; "))
     }
 
     fn publish_cameras(&mut self, snapshot: &Snapshot) {
-        for (i, camera) in snapshot.cameras.iter().enumerate() {
-            let said = &mut self.said.cameras[i];
-            if said.as_ref().is_some_and(|s| s.says_the_same(&camera.status)) {
+        let told = |id: &String| snapshot.cameras.iter().any(|c| c.id == *id);
+        let gone: Vec<_> = self.said.cameras.keys().filter(|id| !told(id)).cloned().collect();
+        self.clear_status_of(&gone);
+        self.said.cameras.retain(|id, _| !gone.contains(id));
+        for camera in &snapshot.cameras {
+            let said = self.said.cameras.get(&camera.id);
+            if said.is_some_and(|s| s.says_the_same(&camera.status)) {
                 continue;
             }
             let reason = camera.status.reason.as_deref();
-            let source = &self.config.cameras[i].source;
+            let source = &camera.source;
             match (camera.status.state, reason) {
                 // Only its clock is new, with the first sender report.
                 (State::Streaming, _)
@@ -368,11 +446,11 @@ impl App {
                 device: &self.origin.device,
                 camera: &camera.id,
                 boot: &self.origin.boot,
-                source: source.to_string(),
+                source: source.clone(),
                 status: &camera.status,
             };
             self.board.set(&self.topics.camera_status(&camera.id), to_json(&record));
-            *said = Some(camera.status.clone());
+            self.said.cameras.insert(camera.id.clone(), camera.status.clone());
         }
     }
 
@@ -398,14 +476,7 @@ impl App {
     pub fn stop(mut self) -> Snapshot {
         info!("stopping");
         self.notifier.stopping();
-        self.cameras.iter().for_each(Camera::request_stop);
-        let deadline = Instant::now() + CAMERAS_STOP;
-        let statuses: Vec<_> = self.cameras.iter().map(Camera::status).collect();
-        for (camera, config) in self.cameras.drain(..).zip(&self.config.cameras) {
-            if !camera.join(deadline) {
-                warn!("camera {}: its thread does not end; it is left behind", config.id);
-            }
-        }
+        self.fleet.stop();
         self.intake.close();
         self.pulse.stop.store(true, Ordering::Relaxed);
         if let Some(worker) = self.worker.take()
@@ -416,7 +487,7 @@ impl App {
         if let Some(updater) = self.updater.take() {
             updater.stop();
         }
-        let mut last = self.snapshot_with(statuses.into_iter());
+        let mut last = self.snapshot();
         self.publish_telemetry(&last);
         last.link = self.net.stop();
         self.spooler.stop();
@@ -426,8 +497,8 @@ impl App {
     }
 }
 
-fn warn_of_unknown_labels(config: &Config, model: &Model) {
-    for camera in &config.cameras {
+fn warn_of_unknown_labels(fleet: &Fleet, model: &Model) {
+    for camera in fleet.settings() {
         let known = &model.contract().labels;
         for label in camera.labels.iter().flatten().filter(|l| !known.contains(l)) {
             warn!(

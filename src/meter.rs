@@ -30,9 +30,24 @@ pub struct Timing {
     pub postprocess: Duration,
 }
 
-/// Written by the worker, read by the snapshot. Its lock is held for a few additions.
+/// Written by the worker, read by the snapshot. Its lock is held for a few additions. Cameras are
+/// named by the indices of their lanes.
 pub struct Meter {
     state: Mutex<State>,
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        let state = State {
+            cameras: Vec::new(),
+            stages: Timing::default(),
+            frames: 0,
+            since: Instant::now(),
+            last_failure: None,
+            tallies: VecDeque::with_capacity(TALLIES_MAX + 1),
+        };
+        Self { state: Mutex::new(state) }
+    }
 }
 
 struct State {
@@ -79,7 +94,7 @@ pub struct Tally {
 pub struct Window {
     /// Its length.
     pub length: Duration,
-    /// In the order of the cameras.
+    /// By lane.
     pub cameras: Vec<CameraWindow>,
     /// Share of the window in which the worker worked.
     pub busy: f64,
@@ -117,24 +132,17 @@ impl Tally {
 }
 
 impl Meter {
-    /// A meter for so many cameras.
-    pub fn new(cameras: usize) -> Self {
+    /// Makes room for the lane of this index, before its first frame.
+    pub fn seat(&self, index: usize) {
         let camera = || CameraState {
             records: 0,
             objects: 0,
             total_us: Histogram::new_with_max(LONGEST_US, 2).expect("the bounds are valid"),
             results: VecDeque::with_capacity(RESULTS_MAX),
         };
-        let cameras = std::iter::repeat_with(camera).take(cameras).collect();
-        let state = State {
-            cameras,
-            stages: Timing::default(),
-            frames: 0,
-            since: Instant::now(),
-            last_failure: None,
-            tallies: VecDeque::with_capacity(TALLIES_MAX + 1),
-        };
-        Self { state: Mutex::new(state) }
+        let mut state = self.state();
+        let seats = state.cameras.len().max(index + 1);
+        state.cameras.resize_with(seats, camera);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -175,7 +183,7 @@ impl Meter {
         camera.results.push_back(Outcome { at, frame, epoch, inference: timing.inference });
     }
 
-    /// The results of every camera from `since` on, oldest first.
+    /// The results of every lane from `since` on, oldest first.
     pub fn results(&self, since: Instant) -> Vec<Vec<Outcome>> {
         let state = self.state();
         let of = |camera: &CameraState| {

@@ -90,7 +90,12 @@ impl Net {
         Ok(())
     }
 
-    /// Messages on `cmd/…`, for whoever serves them.
+    /// Messages on `cmd/cameras/…`, for whoever serves them.
+    pub fn for_cameras(&self) -> Receiver<Inbound> {
+        self.link.for_cameras()
+    }
+
+    /// Messages on the rest of `cmd/…`, and chunks.
     pub fn inbound(&self) -> Receiver<Inbound> {
         self.link.inbound()
     }

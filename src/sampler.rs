@@ -1,8 +1,8 @@
 //! A few live frames for whoever asks. The worker lends references and copies nothing; whoever
 //! asked copies on a thread of its own.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
@@ -14,8 +14,8 @@ const HELD_MAX: usize = 2;
 
 /// A frame, and which camera's it is.
 pub struct Sample {
-    /// Index of the camera in the configuration.
-    pub camera: usize,
+    /// Its id.
+    pub camera: Arc<str>,
     /// The frame. Holding it holds the decoder's buffer: keep it short.
     pub frame: Frame,
 }
@@ -29,7 +29,7 @@ pub struct Sampler {
 
 impl Sampler {
     /// The worker has a frame. Costs an atomic load while nobody asks.
-    pub fn offer(&self, camera: usize, frame: &Frame) {
+    pub fn offer(&self, camera: &Arc<str>, frame: &Frame) {
         if !self.asked.load(Ordering::Relaxed) {
             return;
         }
@@ -37,7 +37,7 @@ impl Sampler {
             && let Some(to) = &*to
             && !to.is_full()
         {
-            let _ = to.try_send(Sample { camera, frame: frame.clone() });
+            let _ = to.try_send(Sample { camera: Arc::clone(camera), frame: frame.clone() });
         }
     }
 

@@ -20,7 +20,8 @@ use crate::worker::Origin;
 pub struct Snapshot {
     /// Microseconds since 1970.
     pub time_us: i64,
-    /// In the order of the configuration.
+    /// In the order of the configuration; then those that it has no more, until a telemetry record
+    /// has held their end.
     pub cameras: Vec<CameraSnapshot>,
     /// The model that runs.
     pub live: Option<Arc<Live>>,
@@ -35,6 +36,8 @@ pub struct Snapshot {
 pub struct CameraSnapshot {
     /// Its id.
     pub id: String,
+    /// Where its pictures come from, credentials masked.
+    pub source: String,
     /// State, stream, reason.
     pub status: CameraStatus,
     /// Its counters.
@@ -45,18 +48,20 @@ pub struct CameraSnapshot {
 pub struct Telemeter {
     began: Instant,
     cpu_s: f64,
+    /// By lane.
     offered: Vec<u64>,
 }
 
 /// How often telemetry goes out.
 pub const TELEMETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-impl Telemeter {
-    /// Begins the first window.
-    pub fn new(cameras: usize) -> Self {
-        Self { began: Instant::now(), cpu_s: host::cpu_seconds(), offered: vec![0; cameras] }
+impl Default for Telemeter {
+    fn default() -> Self {
+        Self { began: Instant::now(), cpu_s: host::cpu_seconds(), offered: Vec::new() }
     }
+}
 
+impl Telemeter {
     /// Whether the window is long enough.
     pub fn is_due(&self) -> bool {
         self.began.elapsed() >= TELEMETRY_INTERVAL
@@ -68,10 +73,10 @@ impl Telemeter {
         let window = meter.take_window();
         let host = Host::read(self.cpu_s, window_s);
         let mut cameras = BTreeMap::new();
-        for ((camera, measured), before) in
-            snapshot.cameras.iter().zip(&window.cameras).zip(&mut self.offered)
-        {
-            let ledger = camera.lane.ledger;
+        self.offered.resize(window.cameras.len(), 0);
+        for camera in &snapshot.cameras {
+            let (ledger, index) = (camera.lane.ledger, camera.lane.index);
+            let (measured, before) = (&window.cameras[index], &mut self.offered[index]);
             let offered = ledger.offered - std::mem::replace(before, ledger.offered);
             cameras.insert(camera.id.clone(), telemetry_of(camera, measured, offered, window_s));
         }

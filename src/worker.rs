@@ -90,13 +90,18 @@ pub struct Worker {
     pulse: Arc<Pulse>,
     sampler: Arc<Sampler>,
     origin: Origin,
+    /// The origin's, for the records.
+    boot: Arc<str>,
+    topics: Topics,
+    confidence: f32,
     iou: f32,
-    cameras: Vec<Lens>,
+    /// By lane, from its first frame on.
+    lenses: Vec<Option<Lens>>,
     found: Vec<Detection>,
 }
 
 impl Worker {
-    /// `cameras` in the order of the intake's queues.
+    /// A worker at rest.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         intake: Arc<Intake>,
@@ -107,15 +112,26 @@ impl Worker {
         sampler: Arc<Sampler>,
         origin: Origin,
         topics: &Topics,
-        cameras: &[config::Camera],
         inference: &config::Inference,
     ) -> Self {
-        let boot: Arc<str> = origin.boot.as_str().into();
-        let lens = |c: &config::Camera| Lens::new(c, &boot, inference.confidence, topics);
-        let cameras = cameras.iter().map(lens).collect();
-        let iou = inference.iou;
-        let found = Vec::new();
-        Self { intake, slot, outbox, meter, pulse, sampler, origin, iou, cameras, found }
+        let (topics, boot) = (topics.clone(), origin.boot.as_str().into());
+        let (confidence, iou) = (inference.confidence, inference.iou);
+        let (lenses, found) = (Vec::new(), Vec::new());
+        Self {
+            intake,
+            slot,
+            outbox,
+            meter,
+            pulse,
+            sampler,
+            origin,
+            boot,
+            topics,
+            confidence,
+            iou,
+            lenses,
+            found,
+        }
     }
 
     /// Serves frames until `pulse.stop` is set.
@@ -135,17 +151,17 @@ impl Worker {
         let Some(mut live) = self.slot.load() else { return taken.dropped(Drop::NoModel) };
         self.pulse.begin(live.epoch);
         let frame = &taken.frame;
-        let confidence = self.cameras[taken.camera].confidence;
+        let confidence = taken.settings.confidence.unwrap_or(self.confidence);
         let thresholds = Thresholds { confidence, iou: self.iou };
 
         let mut seen = look(&live.model, frame, &thresholds, &mut self.found);
         if let (Err(why), Some(fallback)) = (&seen, &live.fallback) {
-            live.fail(format!("frame {} of {}: {why}", frame.id, self.cameras[taken.camera].id));
+            live.fail(format!("frame {} of {}: {why}", frame.id, taken.settings.id));
             live = Arc::clone(fallback);
             seen = look(&live.model, frame, &thresholds, &mut self.found);
         }
         self.pulse.end();
-        let lens = &mut self.cameras[taken.camera];
+        let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics);
         let (size, mut timing) = match seen {
             Ok(seen) => seen,
             Err(why) => return self.meter.failure(lens.fail(), &why.to_string()),
@@ -168,9 +184,24 @@ impl Worker {
         }
         let total = frame.arrived.elapsed();
         self.meter.frame(taken.camera, frame.id, live.epoch, &timing, total, &self.found);
-        self.sampler.offer(taken.camera, frame);
+        self.sampler.offer(&lens.id, frame);
         taken.inferred();
     }
+}
+
+/// How this frame's camera is looked at, by the settings that came with the frame.
+fn lens<'l>(
+    lenses: &'l mut Vec<Option<Lens>>,
+    taken: &Taken,
+    boot: &Arc<str>,
+    topics: &Topics,
+) -> &'l mut Lens {
+    if lenses.len() <= taken.camera {
+        lenses.resize_with(taken.camera + 1, || None);
+    }
+    let lens = lenses[taken.camera].get_or_insert_with(|| Lens::new(&taken.settings, boot, topics));
+    lens.follow(&taken.settings);
+    lens
 }
 
 /// Pixels to objects: preprocess, run, postprocess. Returns the picture's size and how long each
@@ -213,14 +244,16 @@ impl Latency {
     }
 }
 
+fn interval(camera: &config::Camera) -> Option<Duration> {
+    camera.publish_max_hz.map(|hz| Duration::from_secs_f64(1.0 / hz))
+}
+
 /// How one camera's frames are looked at and told: its settings, and what was told so far.
 struct Lens {
+    settings: Arc<config::Camera>,
     id: Arc<str>,
     boot: Arc<str>,
     topic: Arc<str>,
-    confidence: f32,
-    publish: Publish,
-    labels: Option<Vec<String>>,
     /// Class ids of `labels` in the model of this epoch.
     wanted: Option<(u64, Vec<u32>)>,
     /// Shortest time between two records with objects.
@@ -234,21 +267,28 @@ struct Lens {
 }
 
 impl Lens {
-    fn new(camera: &config::Camera, boot: &Arc<str>, confidence: f32, topics: &Topics) -> Self {
+    fn new(camera: &Arc<config::Camera>, boot: &Arc<str>, topics: &Topics) -> Self {
         Self {
+            settings: Arc::clone(camera),
             id: camera.id.as_str().into(),
             boot: Arc::clone(boot),
             topic: topics.detections(&camera.id),
-            confidence: camera.confidence.unwrap_or(confidence),
-            publish: camera.publish,
-            labels: camera.labels.clone(),
             wanted: None,
-            interval: camera.publish_max_hz.map(|hz| Duration::from_secs_f64(1.0 / hz)),
+            interval: interval(camera),
             seq: 0,
             next_frame: 0,
             empty: 0,
             failed: 0,
             last_record: None,
+        }
+    }
+
+    /// Takes other settings over; what was told so far stays.
+    fn follow(&mut self, settings: &Arc<config::Camera>) {
+        if !Arc::ptr_eq(&self.settings, settings) {
+            self.settings = Arc::clone(settings);
+            self.interval = interval(settings);
+            self.wanted = None;
         }
     }
 
@@ -260,7 +300,7 @@ impl Lens {
 
     /// Applies `labels`, whose class ids are looked up once per model.
     fn keep_wanted(&mut self, live: &Live, found: &mut Vec<Detection>) {
-        let Some(labels) = &self.labels else { return };
+        let Some(labels) = &self.settings.labels else { return };
         let known = &live.model.contract().labels;
         if self.wanted.as_ref().is_none_or(|(epoch, _)| *epoch != live.epoch) {
             let ids = (0u32..).zip(known).filter(|(_, name)| labels.contains(name));
@@ -278,7 +318,8 @@ impl Lens {
         if quiet >= RECORD_INTERVAL {
             return true;
         }
-        (objects > 0 || self.publish == Publish::All) && self.interval.is_none_or(|i| quiet >= i)
+        (objects > 0 || self.settings.publish == Publish::All)
+            && self.interval.is_none_or(|i| quiet >= i)
     }
 
     /// Accounts for every frame id since the previous record. Frames are inferred in the order of

@@ -12,8 +12,9 @@ use noblink::camera::{Reason, State, Transport};
 use noblink::rtsp::{RtspServer, Settings};
 
 use crate::harness::camera::{Rig, clip, config, file_url, h264, h265, produce, write_clip};
+use crate::harness::camera_faults::{self, Form};
+use crate::harness::rtsp_relay::{Relay, Trouble};
 use crate::harness::secs;
-use crate::harness::wire::Wire;
 
 fn server() -> RtspServer {
     RtspServer::start(&Settings::default()).expect("a server on a free port")
@@ -233,12 +234,12 @@ fn a_server_that_says_nothing_is_given_up_and_holds_nobody_up() {
 fn silence_on_an_open_connection_is_a_stall() {
     let server = server();
     server.mount_clip("/clip", &clip(), true).unwrap();
-    let wire = Wire::to(server.port());
-    let mut camera = config("a", &format!("rtsp://127.0.0.1:{}/clip", wire.port));
+    let mut relay = Relay::to(server.port());
+    let mut camera = config("a", &relay.url());
     camera.stall_timeout_s = 1.0;
     let rig = Rig::start(vec![camera]);
     rig.until_more(0, 10, secs(15));
-    wire.freeze(true);
+    relay.set(Trouble::Frozen);
     let frozen = Instant::now();
     let reason = "no frame for 1.0 s";
     let status = rig.reach(0, secs(6), |s| s.reason.as_deref() == Some(reason));
@@ -246,9 +247,15 @@ fn silence_on_an_open_connection_is_a_stall() {
     let noticed = frozen.elapsed();
     assert!((0.8..3.0).contains(&noticed.as_secs_f64()), "{noticed:?}");
     rig.reach(0, secs(5), |s| s.state == State::Backoff);
-    wire.freeze(false);
+    relay.set(Trouble::None);
     rig.until_streaming(0, secs(10));
     consecutive(&rig.until_more(0, 10, secs(5)));
+}
+
+/// The short form of `make soak`'s.
+#[test]
+fn each_fault_is_named_and_overcome_and_the_other_camera_does_not_notice() {
+    camera_faults::all(Form { trouble: secs(1), refusing: secs(3), closing: secs(9) });
 }
 
 #[test]
@@ -561,8 +568,8 @@ fn the_status_has_its_names_on_the_wire() {
     assert_eq!(status["clock"], "arrival");
     assert_eq!(status["stream"]["fps"], 20.0);
     let keys: Vec<_> = status.as_object().unwrap().keys().map(String::as_str).collect();
-    let wanted = "attempt clock clock_offset_ms connects leaked_pipelines reason retry_in_s \
-                  since_us state stream";
+    let wanted = "attempt clock clock_offset_ms connects leaked_pipelines leaked_supervisors reason \
+                  retry_in_s since_us state stream";
     assert_eq!(keys.join(" "), wanted);
 }
 

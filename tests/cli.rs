@@ -38,6 +38,9 @@ fn check_says_fine_or_everything_that_is_wrong() {
             "ok       camera gate: test://?width=640&height=360&fps=10\nFILE is fine\n".into()
         )
     );
+    let (code, said) = with_config(&config("embedded = true", &[], ""), &["check"]);
+    assert_eq!(code, Some(0));
+    assert!(said.starts_with("-        no camera") && said.ends_with("FILE is fine\n"), "{said}");
     let wrong =
         config("embedded = true", &[("gate", "rtsp://u:secret@", "queue = 0\nfps = 3")], "");
     let (code, said) = with_config(&wrong, &["check"]);

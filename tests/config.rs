@@ -476,6 +476,25 @@ fn all_problems_are_reported_at_once() {
 }
 
 #[test]
+fn a_fresh_box_has_no_camera() {
+    assert_eq!(problems(VALID, "camera", None), [""; 0]);
+}
+
+#[test]
+fn what_differs_beside_the_cameras_is_listed_by_its_keys() {
+    let parse = |text: &str| Config::parse(text, Path::new("/")).unwrap();
+    let other = CALIBRATED.replace("test://", "test://?fps=5").replace("edge-1", "edge-2")
+        + "min_recall = 0.9\n[inference]\nthreads = 1\n";
+    let (before, after) = (parse(CALIBRATED), parse(&other));
+    assert_eq!(
+        before.differs_beside_cameras(&after),
+        ["device.id", "inference.threads", "models.calibration.min_recall"]
+    );
+    let cameras = CALIBRATED.replace("test://", "test://?fps=5");
+    assert_eq!(before.differs_beside_cameras(&parse(&cameras)), [""; 0]);
+}
+
+#[test]
 fn two_cameras_with_one_id_are_refused() {
     // Also when there is something else to say of one of them.
     for url in ["test://", "ftp://x"] {

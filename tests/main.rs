@@ -6,6 +6,7 @@ mod cli;
 mod config;
 mod faults;
 mod fetch;
+mod fleet;
 mod fuzz;
 mod gates;
 mod harness;

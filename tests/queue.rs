@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use noblink::camera::frame::Clock;
-use noblink::queue::{self, Arrival, Drop, Inlet, Intake, LaneSettings};
+use noblink::queue::{Arrival, Drop, Inlet, Intake};
 use noblink::vision::picture::{Color, Matrix, Range};
 use proptest::prelude::*;
+
+use crate::harness::camera::config;
 
 fn arrival(arrived: Instant) -> Arrival {
     gst::init().unwrap();
@@ -22,9 +24,14 @@ fn arrival(arrived: Instant) -> Arrival {
     }
 }
 
+fn camera(id: &str, queue: usize, max_fps: Option<f64>) -> Arc<noblink::config::Camera> {
+    Arc::new(noblink::config::Camera { queue, max_fps, ..config(id, "test://") })
+}
+
 fn one(queue: usize, max_fps: Option<f64>) -> (Arc<Intake>, Inlet) {
-    let (intake, mut inlets) = queue::build(&[LaneSettings { queue, max_fps }]);
-    (intake, inlets.remove(0))
+    let intake = Arc::new(Intake::default());
+    let inlet = intake.open(&camera("a", queue, max_fps));
+    (intake, inlet)
 }
 
 #[derive(Debug, Clone)]
@@ -36,6 +43,10 @@ enum Step {
     Failed,
     Dropped,
     Wait(u64),
+    Disable(usize),
+    Remove(usize),
+    /// Open again, with room for so many frames.
+    Open(usize, usize),
     Close,
 }
 
@@ -48,6 +59,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Failed),
         1 => Just(Step::Dropped),
         1 => (1..900u64).prop_map(Step::Wait),
+        1 => (0..3usize).prop_map(Step::Disable),
+        1 => (0..3usize).prop_map(Step::Remove),
+        2 => (0..3usize, 1..5usize).prop_map(|(camera, queue)| Step::Open(camera, queue)),
     ];
     (prop::collection::vec(step, 0..200), any::<bool>()).prop_map(|(mut steps, close)| {
         if close {
@@ -62,9 +76,12 @@ proptest! {
     /// camera hands out only grow.
     #[test]
     fn the_ledger_is_exact_after_every_step(steps in steps()) {
+        let ids = ["a", "b", "c"];
         let settings = [(1, None), (4, None), (3, Some(10.0))];
-        let (intake, inlets) =
-            queue::build(&settings.map(|(queue, max_fps)| LaneSettings { queue, max_fps }));
+        let intake = Intake::default();
+        let inlets: Vec<_> = ids.iter().zip(settings)
+            .map(|(id, (queue, max_fps))| intake.open(&camera(id, queue, max_fps)))
+            .collect();
         let mut now = Instant::now();
         let mut taken = Vec::new();
         let mut last_id = [None; 3];
@@ -81,6 +98,12 @@ proptest! {
                 Step::Failed => drop(taken.pop()),
                 Step::Dropped => if let Some(t) = taken.pop() { t.dropped(Drop::NoModel) },
                 Step::Wait(ms) => now += Duration::from_millis(ms),
+                Step::Disable(camera) => intake.disable(&inlets[camera]),
+                Step::Remove(camera) => intake.remove(&inlets[camera]),
+                Step::Open(lane, queue) => {
+                    let again = intake.open(&camera(ids[lane], queue, None));
+                    prop_assert_eq!(again.index(), lane, "a camera's lane is its own");
+                }
                 Step::Close => intake.close(),
             }
             for lane in intake.snapshot() {
@@ -170,6 +193,40 @@ fn a_source_that_waits_for_room_drops_nothing_and_ends_at_close() {
     assert_eq!(ledger.dropped.total(), ledger.dropped.stopped);
 }
 
+#[test]
+fn a_disabled_camera_drops_what_waits_and_what_comes_for_that_reason() {
+    let (intake, inlet) = one(4, None);
+    let now = Instant::now();
+    (0..3).for_each(|_| inlet.offer(arrival(now)));
+    intake.try_take(now).unwrap().inferred();
+    intake.disable(&inlet);
+    inlet.offer(arrival(now));
+    assert!(intake.try_take(now).is_none());
+    let ledger = intake.snapshot()[0].ledger;
+    assert_eq!((ledger.inferred, ledger.dropped.disabled, ledger.offered), (1, 3, 4));
+    intake.open(&camera("a", 4, None));
+    inlet.offer(arrival(now));
+    assert_eq!(intake.try_take(now).unwrap().frame.id, 4, "ids run on");
+}
+
+#[test]
+fn a_lane_takes_new_settings_with_its_frames_and_waits_for_its_camera() {
+    let (intake, inlet) = one(4, None);
+    let now = Instant::now();
+    (0..4).for_each(|_| inlet.offer(arrival(now)));
+    intake.open(&camera("a", 2, None));
+    let taken = intake.try_take(now).unwrap();
+    assert_eq!((taken.frame.id, taken.settings.queue), (2, 2));
+    assert_eq!(intake.snapshot()[0].ledger.dropped.full, 2);
+    taken.inferred();
+    intake.remove(&inlet);
+    let other = intake.open(&camera("b", 4, None));
+    assert_eq!((other.index(), intake.snapshot()[0].present), (1, false));
+    let back = intake.open(&camera("a", 4, None));
+    back.offer(arrival(now));
+    assert_eq!((back.index(), intake.try_take(now).unwrap().frame.id), (0, 4));
+}
+
 /// Each camera's max-min fair share of `capacity`, for what each sends.
 fn fair_shares(rates: &[f64], capacity: f64) -> Vec<f64> {
     let mut order: Vec<usize> = (0..rates.len()).collect();
@@ -184,8 +241,9 @@ fn fair_shares(rates: &[f64], capacity: f64) -> Vec<f64> {
 
 /// Simulates a minute of cameras and a worker that takes `1 / capacity` seconds a frame.
 fn simulate(rates: &[f64], capacity: f64) -> Vec<f64> {
-    let settings: Vec<_> = rates.iter().map(|_| LaneSettings { queue: 4, max_fps: None }).collect();
-    let (intake, inlets) = queue::build(&settings);
+    let intake = Intake::default();
+    let open = |n: usize| intake.open(&camera(&format!("c{n}"), 4, None));
+    let inlets: Vec<_> = (0..rates.len()).map(open).collect();
     let start = Instant::now();
     let seconds = 60.0;
     let mut sent = vec![0u64; rates.len()];

@@ -1,7 +1,8 @@
-//! `make soak`: RTSP cameras and an overloaded model, for long; swaps over and over; a service that is
-//! killed over and over; brokers that are killed and links that hang; a spool at its limit. Not part
-//! of `make test`, which holds a short form of each. `SOAK_SECONDS` and `SOAK_KILLS` change the length.
-//! Prints what each camera got, how many kills were survived, and what was lost: nothing.
+//! `make soak`, for long: an overloaded model; swaps over and over; a service that is killed over and
+//! over; brokers that are killed and links that hang; a spool at its limit; cameras that fail; restarts
+//! of everything. Not part of `make test`, which holds a short form of each. `SOAK_SECONDS` and
+//! `SOAK_KILLS` change the length. Prints what each camera got, how many kills were survived, what
+//! was lost.
 #![allow(missing_docs, unreachable_pub, dead_code)]
 
 mod harness;
@@ -12,14 +13,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use harness::camera::write_clip;
+use harness::camera_faults::{self, Form};
 use harness::kills::{at_failpoints, at_random};
 use harness::link::{BOOT, ROOMY, Running, plain};
 use harness::mosquitto::Mosquitto;
 use harness::onnx::{Detector, Output};
 use harness::outage::outages;
 use harness::overload::{Codec, ONE_FAST_FIVE_SLOW, Run, Sender};
+use harness::secs;
 use harness::service::noblink_output;
 use harness::until;
+use harness::week;
 use harness::wire::Wire;
 use noblink::mqtt::outbox::{Bounds, Cargo, Outbox, Record, Stats};
 use noblink::mqtt::spooler::{Durability, Settings, Spooler};
@@ -37,20 +41,20 @@ const FOUR: [Sender; 4] = [
     sender("hevc", 640, 360, 5, Codec::H265),
 ];
 
-fn seconds() -> u64 {
-    std::env::var("SOAK_SECONDS").map_or(600, |s| s.parse().expect("a number of seconds"))
+fn seconds(usually: u64) -> u64 {
+    std::env::var("SOAK_SECONDS").map_or(usually, |s| s.parse().expect("a number of seconds"))
 }
 
 #[test]
 fn four_cameras_and_an_overloaded_model() {
-    let run = Run::of(&FOUR, seconds());
+    let run = Run::of(&FOUR, seconds(600));
     run.assert_fair();
     run.assert_flat();
 }
 
 #[test]
 fn a_camera_of_60_fps_beside_five_of_5_fps() {
-    let run = Run::of(&ONE_FAST_FIVE_SLOW, seconds().min(90));
+    let run = Run::of(&ONE_FAST_FIVE_SLOW, seconds(90).min(90));
     run.assert_fair();
 }
 
@@ -113,12 +117,12 @@ fn a_service_that_is_killed_at_every_failpoint_of_an_install() {
 
 #[test]
 fn a_broker_that_is_killed_and_forgets_its_sessions() {
-    outages(&[1, 10, 60], false, seconds().min(60));
+    outages(&[1, 10, 60], false, seconds(60).min(60));
 }
 
 #[test]
 fn a_broker_that_is_killed_and_keeps_its_sessions() {
-    outages(&[1, 10, 60], true, seconds().min(60));
+    outages(&[1, 10, 60], true, seconds(60).min(60));
 }
 
 /// With the keep-alive of the service, 15 s: bytes stop, the connection stays.
@@ -298,4 +302,16 @@ fn a_full_disk_is_named_and_memory_goes_on() {
         stats.acked
     );
     assert!(stats.is_exact() && stats.acked == n && unmounted, "{stats:?}");
+}
+
+/// A bad week in fast motion, half an hour.
+#[test]
+fn eight_cameras_through_restarts_and_swaps() {
+    week::run(seconds(1800));
+}
+
+/// The fault table in full.
+#[test]
+fn camera_faults() {
+    camera_faults::all(Form { trouble: secs(10), refusing: secs(30), closing: secs(60) });
 }

@@ -22,7 +22,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -36,6 +36,9 @@ use templates::Templates;
 
 use crate::config;
 use crate::queue::Inlet;
+
+/// How long a supervisor may take to end: what its pipeline may take, and a little more.
+pub const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 
 /// A camera that is kept streaming until `request_stop`. Dropping it requests that too, without
 /// waiting.
@@ -51,11 +54,43 @@ impl Camera {
     /// Starts the thread `cam-<id>`. Whatever is wrong with the source comes in the status; an
     /// error here is the system's, which has no thread for us.
     pub fn start(
-        camera: config::Camera,
+        camera: Arc<config::Camera>,
         inlet: Inlet,
         templates: Arc<Templates>,
+        enabled: bool,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared::new());
+        Self::launch(camera, inlet, templates, Shared::new(enabled), None)
+    }
+
+    /// Puts another supervisor in this one's place, with other settings or because this one is
+    /// stuck. It begins when this one has ended: many cameras serve one session only. One that does
+    /// not end within [`LEAVE_WITHIN`] is left behind and counted.
+    pub fn succeed(
+        &mut self,
+        camera: Arc<config::Camera>,
+        inlet: Inlet,
+        templates: Arc<Templates>,
+    ) -> io::Result<()> {
+        self.request_stop();
+        let shared = self.shared.next();
+        let before = Self {
+            shared: Arc::clone(&self.shared),
+            bell: self.bell.clone(),
+            over: self.over.clone(),
+            thread: self.thread.take(),
+        };
+        *self = Self::launch(camera, inlet, templates, shared, Some(before))?;
+        Ok(())
+    }
+
+    fn launch(
+        camera: Arc<config::Camera>,
+        inlet: Inlet,
+        templates: Arc<Templates>,
+        shared: Shared,
+        before: Option<Self>,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(shared);
         let (bell, rung) = bounded(1);
         let (running, over) = bounded(0);
         let name = format!("cam-{}", camera.id);
@@ -63,9 +98,27 @@ impl Camera {
             Supervisor { camera, inlet, templates, shared: Arc::clone(&shared), bell: rung };
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let _running: Sender<()> = running;
+            if let Some(mut before) = before
+                && !before.join(Instant::now() + LEAVE_WITHIN)
+            {
+                supervisor.shared.left_behind();
+            }
             supervisor.run();
         })?;
         Ok(Self { shared, bell, over, thread: Some(thread) })
+    }
+
+    /// A camera whose supervisor does nothing until it is asked to end, and not even then.
+    #[cfg(test)]
+    pub(crate) fn stuck() -> Self {
+        let (bell, _) = bounded(1);
+        let (running, over) = bounded(0);
+        let stuck = move || {
+            let _running: Sender<()> = running;
+            std::thread::sleep(Duration::from_secs(60));
+        };
+        let thread = Some(std::thread::spawn(stuck));
+        Self { shared: Arc::new(Shared::new(true)), bell, over, thread }
     }
 
     /// What the camera says of itself now.
@@ -92,9 +145,14 @@ impl Camera {
         self.ring();
     }
 
+    /// Whether the supervisor has ended.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.over.try_recv(), Err(crossbeam_channel::TryRecvError::Disconnected))
+    }
+
     /// Waits for the supervisor's end; `false` when it is not reached in time, and the thread is
     /// left to itself. It takes [`DISMANTLE_WITHIN`] at most after `request_stop`.
-    pub fn join(mut self, deadline: Instant) -> bool {
+    pub fn join(&mut self, deadline: Instant) -> bool {
         let running = self.over.recv_deadline(deadline);
         let over = matches!(running, Err(crossbeam_channel::RecvTimeoutError::Disconnected));
         match self.thread.take() {

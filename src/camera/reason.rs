@@ -55,6 +55,9 @@ pub enum Reason {
     /// RTSP works, RTP over UDP does not.
     #[error("no UDP packets arrive: check firewalls, or write pipeline = \"rtsp\" for TCP")]
     NoUdp,
+    /// The camera serves no more clients, or none now.
+    #[error("the camera takes no other session now (RTSP {0}): close other viewers, or wait")]
+    Busy(String),
     /// Another answer than 200, 401 and 404.
     #[error("the camera answered RTSP {0}")]
     Refusal(String),
@@ -144,8 +147,11 @@ impl Failure {
                 Some(Reason::NoUdp)
             }
             (Kind::Transport, Source::Rtsp(_)) => {
-                let (_, status) = self.details.split_once("response: ")?;
-                Some(Reason::Refusal(status.trim_end_matches('.').to_owned()))
+                let status = status_in(&self.details)?;
+                Some(match status.starts_with("453") || status.starts_with("503") {
+                    true => Reason::Busy(status),
+                    false => Reason::Refusal(status),
+                })
             }
             _ => Some(Reason::Other(self.said())),
         }
@@ -157,6 +163,16 @@ impl Failure {
             details => mask(&format!("{}: {details}", self.message)),
         }
     }
+}
+
+/// The camera's answer in rtspsrc's words: `… response: 503 Service Unavailable.` or
+/// `Error (453): Not Enough Bandwidth`.
+fn status_in(details: &str) -> Option<String> {
+    if let Some((_, status)) = details.split_once("response: ") {
+        return Some(status.trim_end_matches('.').to_owned());
+    }
+    let (number, words) = details.split_once("Error (")?.1.split_once("): ")?;
+    Some(format!("{number} {words}"))
 }
 
 /// How long a connection may take to be accepted.

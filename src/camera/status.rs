@@ -26,6 +26,8 @@ pub enum State {
     Ended,
     /// Switched off.
     Disabled,
+    /// Not in the configuration any more; the last word on it.
+    Removed,
 }
 
 impl State {
@@ -38,6 +40,7 @@ impl State {
             Self::Backoff => "backoff",
             Self::Ended => "ended",
             Self::Disabled => "disabled",
+            Self::Removed => "removed",
         }
     }
 }
@@ -79,7 +82,7 @@ pub struct CameraStatus {
     pub since_us: i64,
     /// Why it does not stream.
     pub reason: Option<String>,
-    /// Attempts that failed in a row; 0 after 10 s of streaming.
+    /// Attempts that failed in a row; 0 after 1 s of streaming.
     pub attempt: u32,
     /// Time to the next attempt, in `backoff`.
     pub retry_in_s: Option<f64>,
@@ -94,6 +97,8 @@ pub struct CameraStatus {
     pub connects: u64,
     /// Pipelines that were given up because they could not be taken down in time, and still are.
     pub leaked_pipelines: u64,
+    /// Supervisors that were stuck, or broke, and were replaced.
+    pub leaked_supervisors: u64,
 }
 
 impl CameraStatus {

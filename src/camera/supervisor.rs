@@ -9,6 +9,7 @@
 //!
 //!  streaming ── end of a file ──► ended      (`loop`: the next pipeline, still streaming)
 //!  any ── set_enabled(false) ──► disabled ── set_enabled(true) ──► connecting
+//!  any ── the configuration has it no more ──► removed
 //! ```
 //!
 //! Every attempt has a pipeline of its own, since a reused rtspsrc does not always recover. The
@@ -34,8 +35,9 @@ use crate::queue::Inlet;
 /// first, and up to 5 s to the next key frame.
 const CONNECT_WITHIN: Duration = Duration::from_secs(15);
 
-/// Streaming this long makes the failures before it history.
-const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// Streaming this long makes the failures before it history: a camera that closes every connection
+/// after 3 s is better taken for these than left alone for half a minute each time.
+const HEALTHY_AFTER: Duration = Duration::from_secs(1);
 
 /// How long frames are counted where the stream does not declare its rate.
 const MEASURE_FOR: Duration = Duration::from_secs(3);
@@ -48,6 +50,7 @@ pub(super) struct Shared {
     pub(super) enabled: AtomicBool,
     pub(super) stopping: AtomicBool,
     pub(super) heartbeat: AtomicU64,
+    /// Pipelines given up, by this supervisor and those before it.
     leaked: Arc<AtomicU64>,
     status: Mutex<Noted>,
 }
@@ -59,9 +62,9 @@ struct Noted {
 }
 
 impl Shared {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(enabled: bool) -> Self {
         let status = CameraStatus {
-            state: State::Connecting,
+            state: if enabled { State::Connecting } else { State::Disabled },
             since_us: unix_us(),
             reason: None,
             attempt: 0,
@@ -71,14 +74,35 @@ impl Shared {
             clock_offset_ms: None,
             connects: 0,
             leaked_pipelines: 0,
+            leaked_supervisors: 0,
         };
         Self {
-            enabled: AtomicBool::new(true),
+            enabled: AtomicBool::new(enabled),
             stopping: AtomicBool::new(false),
             heartbeat: AtomicU64::new(0),
             leaked: Arc::default(),
             status: Mutex::new(Noted { status, retry_at: None }),
         }
+    }
+
+    /// Of the supervisor that takes this one's place: the counters run on.
+    pub(super) fn next(&self) -> Self {
+        let next = Self::new(self.enabled.load(Ordering::Acquire));
+        let before = self.status();
+        next.note(|s| {
+            s.connects = before.connects;
+            s.leaked_supervisors = before.leaked_supervisors;
+        });
+        Self { leaked: Arc::clone(&self.leaked), ..next }
+    }
+
+    /// The supervisor before this one did not end.
+    pub(super) fn left_behind(&self) {
+        self.note(|s| s.leaked_supervisors += 1);
+    }
+
+    pub(super) fn beat(&self) {
+        self.heartbeat.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn status(&self) -> CameraStatus {
@@ -130,7 +154,7 @@ enum Seen {
 }
 
 pub(super) struct Supervisor {
-    pub(super) camera: config::Camera,
+    pub(super) camera: Arc<config::Camera>,
     pub(super) inlet: Inlet,
     pub(super) templates: Arc<Templates>,
     pub(super) shared: Arc<Shared>,
@@ -223,8 +247,13 @@ impl Supervisor {
         let watch = Arc::clone(watch);
         let waits = source.is_file() && !self.camera.realtime;
         let (frames, damaged) = (self.inlet.clone(), self.inlet.clone());
+        let shared = Arc::clone(&self.shared);
         let outlet = Outlet {
             frame: Box::new(move |arrival, watch| {
+                // Another supervisor may have taken over from one that is stuck.
+                if shared.stopping.load(Ordering::Acquire) {
+                    return false;
+                }
                 if !waits {
                     frames.offer(arrival);
                     return true;
@@ -355,7 +384,7 @@ impl Supervisor {
     }
 
     fn beat(&self) {
-        self.shared.heartbeat.fetch_add(1, Ordering::Relaxed);
+        self.shared.beat();
     }
 
     fn stopping(&self) -> bool {

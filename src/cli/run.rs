@@ -1,11 +1,11 @@
-//! `noblink run`: the service.
+//! `noblink run`: the service. SIGHUP has it read its configuration again.
 
 use std::path::PathBuf;
 
 use super::Outcome;
 use crate::app::App;
 use crate::config::{Config, NO_CAMERA};
-use crate::signals::Signals;
+use crate::signals::{Asked, Signals};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -19,9 +19,11 @@ pub(super) fn run(args: Args) -> Outcome {
     if config.cameras.is_empty() {
         tracing::warn!("{NO_CAMERA}");
     }
-    let signals = Signals::install()?;
+    let signals = Signals::with_reload()?;
     let mut app = App::start(config)?;
-    app.run(&signals, None);
+    while app.run(&signals) == Asked::Reload {
+        app.reload(Config::load(&args.config));
+    }
     app.stop();
     Ok(())
 }

@@ -7,6 +7,7 @@
 mod models;
 mod reader;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -35,6 +36,8 @@ pub struct Config {
     pub inference: Inference,
     /// `[models]`
     pub models: Models,
+    /// The text of all that but the cameras.
+    rest: toml::Table,
     /// `[outbox]`
     pub outbox: Outbox,
 }
@@ -109,7 +112,7 @@ impl External {
 }
 
 /// `[[camera]]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Camera {
     /// One level of its topics.
     pub id: String,
@@ -137,6 +140,15 @@ pub struct Camera {
     pub realtime: bool,
     /// Files: start again at the end.
     pub repeat: bool,
+}
+
+impl Camera {
+    /// Whether frames come in the same way: what else differs needs no new connection.
+    pub fn streams_like(&self, other: &Self) -> bool {
+        let stream = |c: &Self| (c.source.clone(), c.pipeline.clone(), c.color);
+        let pace = |c: &Self| (c.stall_timeout_s, c.realtime, c.repeat);
+        stream(self) == stream(other) && pace(self) == pace(other)
+    }
 }
 
 /// `publish`
@@ -277,6 +289,13 @@ impl Config {
         reader.finish().map(|()| config.expect("a configuration without problems is complete"))
     }
 
+    /// The keys outside of `[[camera]]` that differ.
+    pub fn differs_beside_cameras(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        differences(&self.rest, &other.rest, "", &mut found);
+        found
+    }
+
     /// Every key that a configuration may hold, in the file's order.
     pub fn keys() -> Vec<Key> {
         let reader = Reader::new(Path::new("/"));
@@ -313,8 +332,26 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         cameras: cameras.into_iter().collect::<Option<_>>()?,
         inference: inference?,
         models: models?,
+        rest: table.clone().into_iter().filter(|(key, _)| key != "camera").collect(),
         outbox: outbox?,
     })
+}
+
+/// The paths of the keys that differ.
+fn differences(a: &toml::Table, b: &toml::Table, at: &str, found: &mut Vec<String>) {
+    let keys: BTreeSet<_> = a.keys().chain(b.keys()).collect();
+    for key in keys {
+        let (path, empty) = (format!("{at}{key}"), toml::Table::new());
+        let inner =
+            |t: Option<&toml::Value>| t.map_or(Some(empty.clone()), |v| v.as_table().cloned());
+        match (a.get(key), b.get(key)) {
+            (a, b) if a == b => {}
+            (a, b) => match (inner(a), inner(b)) {
+                (Some(a), Some(b)) => differences(&a, &b, &format!("{path}."), found),
+                _ => found.push(path),
+            },
+        }
+    }
 }
 
 fn device(mut s: Section<'_, '_>) -> Option<Device> {

@@ -20,7 +20,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::Receiver;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -28,6 +28,8 @@ use tracing::{debug, info, warn};
 use super::backoff::{Backoff, Class, chance};
 use super::board::Board;
 use super::failure::{self, Failure};
+pub use super::inbound::Inbound;
+use super::inbound::Sorter;
 use super::outbox::{Cargo, Outbox, Reason};
 use super::status::{LinkState, LinkStatus, Oversize, StatusCell};
 use super::topics::Topics;
@@ -36,7 +38,6 @@ use crate::config::External;
 
 /// AWS IoT Core takes no more in one SUBSCRIBE.
 const FILTERS_PER_SUBSCRIBE: usize = 8;
-const INBOUND_MAX: usize = 256;
 /// Keep-alives in which nothing happens, or an answer does not come, before the peer is given up. In
 /// one of them a ping goes out, in the next its answer would have come.
 const KEEP_ALIVES: u32 = 2;
@@ -62,27 +63,13 @@ pub struct Settings {
     pub filters: Vec<String>,
 }
 
-/// A message that came in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Inbound {
-    /// Its topic.
-    pub topic: String,
-    /// Its payload.
-    pub payload: Vec<u8>,
-    /// Whether the broker had kept it.
-    pub retained: bool,
-    /// Where the sender wants its answer.
-    pub response_topic: Option<String>,
-    /// What the sender wants to find in its answer.
-    pub correlation: Option<Vec<u8>>,
-}
-
 /// Everyone else's end of a link. Clones are the same link.
 #[derive(Clone)]
 pub struct LinkHandle {
     status: Arc<StatusCell>,
     stop: Arc<watch::Sender<bool>>,
     inbound: Receiver<Inbound>,
+    for_cameras: Receiver<Inbound>,
 }
 
 impl LinkHandle {
@@ -96,9 +83,15 @@ impl LinkHandle {
         self.status.read()
     }
 
-    /// The messages that came in. Clones share them: each goes to one receiver.
+    /// The messages that came in, but those for cameras. Clones share them: each goes to one
+    /// receiver.
     pub fn inbound(&self) -> Receiver<Inbound> {
         self.inbound.clone()
+    }
+
+    /// Those on `cmd/cameras/…`.
+    pub fn for_cameras(&self) -> Receiver<Inbound> {
+        self.for_cameras.clone()
     }
 }
 
@@ -110,7 +103,7 @@ pub struct Link {
     board: Arc<Board>,
     status: Arc<StatusCell>,
     stop: watch::Receiver<bool>,
-    inbound: Sender<Inbound>,
+    sorter: Sorter,
 }
 
 impl Link {
@@ -119,12 +112,11 @@ impl Link {
         let client_id = format!("noblink-{}", settings.device);
         let shown = failure::shown(&settings.broker);
         let status = Arc::new(StatusCell::new(shown, client_id.clone()));
-        let (sender, receiver) = bounded(INBOUND_MAX);
+        let (sorter, inbound, for_cameras) = Sorter::new(&settings.topics);
         let (stop, stopped) = watch::channel(false);
         let stop = Arc::new(stop);
-        let handle = LinkHandle { status: Arc::clone(&status), stop, inbound: receiver };
-        let link =
-            Self { settings, client_id, outbox, board, status, stop: stopped, inbound: sender };
+        let handle = LinkHandle { status: Arc::clone(&status), stop, inbound, for_cameras };
+        let link = Self { settings, client_id, outbox, board, status, stop: stopped, sorter };
         (link, handle)
     }
 
@@ -499,7 +491,7 @@ impl<'a> Session<'a> {
                 }
             }
             Happening::Message(message) => {
-                let lost = u64::from(self.link.inbound.try_send(message).is_err());
+                let lost = u64::from(!self.link.sorter.sort(message));
                 self.link.status.update(|s| {
                     s.inbound += 1;
                     s.inbound_dropped += lost;

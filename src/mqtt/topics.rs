@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use crate::config::is_slug;
+
 /// Builds the topics of one device.
 #[derive(Debug, Clone)]
 pub struct Topics {
@@ -75,6 +77,18 @@ impl Topics {
     /// All commands.
     pub fn commands(&self) -> Arc<str> {
         self.under("cmd/#")
+    }
+
+    /// Camera and verb of a command's topic, `cmd/cameras/<id>/<verb>`; none for other topics.
+    pub fn parse_camera_command<'t>(&self, topic: &'t str) -> Option<(&'t str, &'t str)> {
+        let rest = topic.strip_prefix(&*self.root)?.strip_prefix("/cmd/cameras/")?;
+        Some(rest.split_once('/').unwrap_or((rest, "")))
+    }
+
+    /// The command's id in a topic for answers, `reply/<id>`; none for other topics.
+    pub fn parse_reply<'t>(&self, topic: &'t str) -> Option<&'t str> {
+        let id = topic.strip_prefix(&*self.root)?.strip_prefix("/reply/")?;
+        is_slug(id).then_some(id)
     }
 
     /// The answer to a command.

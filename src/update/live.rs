@@ -35,8 +35,8 @@ impl LiveFrames {
     }
 
     /// Writes the next frames that the worker infers into `dir`. Those that can't be written are
-    /// missing: the gate says how many it had. `names`: the cameras.
-    pub fn collect(dir: &Path, sampler: &Sampler, names: &[String], cancel: &AtomicBool) -> Self {
+    /// missing: the gate says how many it had.
+    pub fn collect(dir: &Path, sampler: &Sampler, cancel: &AtomicBool) -> Self {
         Self::clear(dir);
         if let Err(e) = fs::create_dir_all(dir) {
             warn!("{}: no live frames for the gates: {e}", dir.display());
@@ -46,7 +46,7 @@ impl LiveFrames {
         let mut bytes = 0;
         sampler.take(PATIENCE, cancel, |sample| {
             let file = dir.join(format!("{:02}.frame", frames.files.len()));
-            let name = format!("frame {} of {}", sample.frame.id, names[sample.camera]);
+            let name = format!("frame {} of {}", sample.frame.id, sample.camera);
             let dump = sample.frame.with_picture(|picture| FrameDump::of(picture, name));
             drop(sample);
             let written = dump.map_err(io::Error::other).and_then(|dump| dump.write(&file));

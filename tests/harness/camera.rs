@@ -12,7 +12,7 @@ use noblink::camera::source::Source;
 use noblink::camera::templates::Templates;
 use noblink::camera::{Camera, CameraStatus, State};
 use noblink::config;
-use noblink::queue::{self, Intake, LaneSettings, Ledger};
+use noblink::queue::{Intake, Ledger};
 
 use super::reach;
 
@@ -96,9 +96,9 @@ impl Rig {
         templates: Templates,
         pause: Duration,
     ) -> Self {
-        let lanes: Vec<_> =
-            cameras.iter().map(|c| LaneSettings { queue: c.queue, max_fps: c.max_fps }).collect();
-        let (intake, inlets) = queue::build(&lanes);
+        let cameras: Vec<_> = cameras.into_iter().map(Arc::new).collect();
+        let intake = Arc::new(Intake::default());
+        let inlets: Vec<_> = cameras.iter().map(|c| intake.open(c)).collect();
         let notes = Arc::new(Mutex::new(vec![Vec::new(); cameras.len()]));
         let over = Arc::new(AtomicBool::new(false));
         let consumer = std::thread::spawn({
@@ -120,7 +120,10 @@ impl Rig {
         let cameras = cameras
             .into_iter()
             .zip(inlets)
-            .map(|(c, inlet)| Camera::start(c, inlet, Arc::clone(&templates)).expect("a thread"))
+            .map(|(camera, inlet)| {
+                let templates = Arc::clone(&templates);
+                Camera::start(camera, inlet, templates, true).expect("a thread")
+            })
             .collect();
         Self { cameras, intake, notes, over, consumer: Some(consumer) }
     }
@@ -170,7 +173,7 @@ impl Rig {
     pub(crate) fn stop(mut self) -> Duration {
         let began = Instant::now();
         self.cameras.iter().for_each(Camera::request_stop);
-        for camera in std::mem::take(&mut self.cameras) {
+        for mut camera in std::mem::take(&mut self.cameras) {
             assert!(camera.join(began + Duration::from_secs(3)), "a camera does not stop");
         }
         began.elapsed()

@@ -1,6 +1,7 @@
 //! What the tests need of the world: real peers, ways to make them fail, waiting with a deadline.
 
 pub mod camera;
+pub mod camera_faults;
 pub mod http;
 pub mod kills;
 pub mod line;
@@ -12,10 +13,12 @@ pub mod overload;
 pub mod peer;
 pub mod pki;
 pub mod relay;
+pub mod rtsp_relay;
 pub mod schema;
 pub mod service;
 pub mod site;
 pub mod store;
+pub mod week;
 pub mod wire;
 
 use std::net::TcpListener;

@@ -163,6 +163,7 @@ fn fair_shares(offered: &[f64], inferred: f64) -> Vec<f64> {
     shares
 }
 
+/// Both equations hold.
 pub fn assert_exact(id: &str, ledger: &Value) {
     let n = |key: &str| ledger[key].as_u64().unwrap();
     let dropped: u64 =

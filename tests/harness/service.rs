@@ -122,6 +122,12 @@ impl Service {
         Self { dir, child, told: 0 }
     }
 
+    /// Another configuration, and SIGHUP.
+    pub fn reload(&self, config: &str) {
+        std::fs::write(self.dir.path().join("noblink.toml"), config).expect("the folder is ours");
+        kill(Pid::from_raw(self.pid() as i32), Signal::SIGHUP).expect("our child runs");
+    }
+
     pub fn log(&self) -> String {
         let mut text = String::new();
         let file = std::fs::File::open(self.dir.path().join("log"));

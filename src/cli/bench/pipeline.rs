@@ -24,7 +24,7 @@ use crate::model::runtime::Runtime;
 use crate::model::slot::{Live, Slot};
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::topics::Topics;
-use crate::queue::{self, Drop, Intake, LaneSettings};
+use crate::queue::{self, Drop, Intake};
 use crate::records::{Stages, rounded};
 use crate::worker::{Origin, Pulse, Worker};
 use crate::{affinity, assets, host};
@@ -109,7 +109,6 @@ impl fmt::Display for Report {
 
 /// Frames that go by before the clock starts.
 const WARM_UP: u64 = 20;
-const QUEUE: LaneSettings = LaneSettings { queue: 4, max_fps: None };
 /// Runs of the model with nothing but decoding beside them, twice.
 const BARE_RUNS: u32 = 30;
 /// No frame for so long: the clip does not play.
@@ -192,9 +191,9 @@ fn bare_decode(source: &Source, frames: u64) -> anyhow::Result<f64> {
 /// CPU time of one run of the model and of decoding one frame, with nothing else going on: a frame
 /// is taken for each run, and dropped.
 fn bare_runs(source: &Source, model: &Model) -> anyhow::Result<f64> {
-    let (intake, mut inlets) = queue::build(&[QUEUE]);
-    let templates = Arc::new(assets::templates(None));
-    let camera = Camera::start(settings(source), inlets.remove(0), templates)?;
+    let (intake, settings) = (Intake::default(), Arc::new(settings(source)));
+    let inlet = intake.open(&settings);
+    let camera = Camera::start(settings, inlet, Arc::new(assets::templates(None)), true)?;
     let mut runner = model.runner();
     let mut decode_and_run = || {
         let frame = intake.take(PATIENCE).with_context(|| silent(&camera))?;
@@ -225,7 +224,7 @@ fn settings(source: &Source) -> config::Camera {
         labels: None,
         confidence: None,
         publish_max_hz: None,
-        queue: QUEUE.queue,
+        queue: 4,
         stall_timeout_s: 10.0,
         color: None,
         realtime: false,
@@ -238,7 +237,7 @@ fn silent(camera: &Camera) -> String {
     camera.status().reason.unwrap_or_else(silence)
 }
 
-fn stop(camera: Camera, intake: &Intake) {
+fn stop(mut camera: Camera, intake: &Intake) {
     camera.request_stop();
     intake.close();
     camera.join(Instant::now() + Duration::from_secs(3));
@@ -255,9 +254,11 @@ struct Bench {
 
 impl Bench {
     fn start(source: &Source, model: Option<Arc<Model>>) -> anyhow::Result<Self> {
-        let settings = settings(source);
-        let (intake, mut inlets) = queue::build(&[QUEUE]);
-        let (meter, pulse) = (Arc::new(Meter::new(1)), Arc::new(Pulse::default()));
+        let settings = Arc::new(settings(source));
+        let (intake, meter) = (Arc::new(Intake::default()), Arc::new(Meter::default()));
+        let inlet = intake.open(&settings);
+        meter.seat(inlet.index());
+        let pulse = Arc::new(Pulse::default());
         let slot = Arc::new(Slot::default());
         let worker = Worker::new(
             Arc::clone(&intake),
@@ -268,14 +269,13 @@ impl Bench {
             Arc::default(),
             Origin { device: "bench".into(), boot: "bench".into() },
             &Topics::new("noblink", "bench"),
-            std::slice::from_ref(&settings),
             &Inference::default(),
         );
         if let Some(model) = model {
             slot.swap(Some(Live::new(model, 0, None)));
         }
         let worker = std::thread::Builder::new().name("infer".into()).spawn(|| worker.run())?;
-        let camera = Camera::start(settings, inlets.remove(0), Arc::new(assets::templates(None)))?;
+        let camera = Camera::start(settings, inlet, Arc::new(assets::templates(None)), true)?;
         Ok(Self { camera, intake, meter, pulse, worker })
     }
 

@@ -116,7 +116,7 @@ pub(super) fn judge(
 
 fn refusal(rules: &Latency, ratio: f64, times: &str, per_camera: f64) -> String {
     let cameras = match rules.cameras {
-        1 => "the camera".to_owned(),
+        0 | 1 => "the camera".to_owned(),
         n => format!("each of {n} cameras"),
     };
     let accept = (ratio * 10.0).ceil() / 10.0;

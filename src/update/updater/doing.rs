@@ -136,7 +136,8 @@ impl Thread {
         });
         let mut request = {
             let config = &self.parts.config;
-            let cameras = config.cameras.len();
+            let lanes = self.parts.intake.snapshot();
+            let cameras = lanes.iter().filter(|lane| lane.present).count();
             Request::of(&config.inference, &config.models, cameras, candidate, active)
         };
         request.engine.library = Some(self.parts.runtime.library().to_owned());
@@ -146,9 +147,8 @@ impl Thread {
             steps::accepted_ratio(&command, manifest.as_ref(), !self.keys.is_empty());
         let limits = Limits::of(&self.parts.config.models);
         let (sampler, dir) = (Arc::clone(&self.parts.sampler), frames_dir(&self.parts));
-        let cameras: Vec<_> = self.parts.config.cameras.iter().map(|c| c.id.clone()).collect();
         self.start_step(serial, move |_, cancel| {
-            let live = |cancel: &_| LiveFrames::collect(&dir, &sampler, &cameras, cancel);
+            let live = |cancel: &_| LiveFrames::collect(&dir, &sampler, cancel);
             steps::prove(request, &limits, live, cancel)
         });
     }

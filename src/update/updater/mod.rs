@@ -48,6 +48,7 @@ use crate::mqtt::topics::Topics;
 use crate::queue::Intake;
 use crate::sampler::Sampler;
 use crate::worker::{Origin, Pulse};
+pub(crate) use telling::unnumbered;
 /// How often probation, hangs and swaps are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// What the time before a swap is: the expected gap and the expected drops come from it.

@@ -95,9 +95,9 @@ impl Thread {
         let unaccounted: u64 = snapshot.iter().map(|l| l.ledger.unaccounted()).sum();
         let beyond = (dropped_window as f64 - expected).max(0.0).floor() as u64;
         let mut cameras = BTreeMap::new();
-        for (config, results) in self.parts.config.cameras.iter().zip(results) {
+        for (lane, results) in snapshot.iter().zip(results) {
             if let Some(camera) = report::camera_swap(results, swap.epoch, swap.at) {
-                cameras.insert(config.id.clone(), camera);
+                cameras.insert(lane.camera.to_string(), camera);
             }
         }
         let first = results.iter().flatten().filter(|r| r.epoch >= swap.epoch).map(|r| r.at).min();
@@ -237,7 +237,7 @@ pub(super) fn job_record(origin: &Origin, job: &Job) -> Value {
 }
 
 /// A record that belongs to no camera: it has no number and no gap is announced for it.
-pub(super) fn unnumbered(topic: Arc<str>, value: &Value) -> Record {
+pub(crate) fn unnumbered(topic: Arc<str>, value: &Value) -> Record {
     let payload = serde_json::to_vec(value).expect("JSON becomes JSON");
     Record { camera: "".into(), boot: "".into(), seq: 0, topic, payload }
 }
