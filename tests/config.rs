@@ -533,6 +533,7 @@ fn credentials_are_masked_in_any_text() {
         // What reads URLs forgives such slashes.
         ("https:user:pass@host/a", "https://***@host/a"),
         ("https:/\\user:pass@host/a", "https://***@host/a"),
+        ("https:user:pass@host/a://b", "https://***@host/a://b"),
         ("rtsp:/\t/user:pass@10.0.0.7/a", "rtsp://***@10.0.0.7/a"),
         ("no url", "no url"),
     ];

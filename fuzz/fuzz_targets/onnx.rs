@@ -13,7 +13,8 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
         bytes.truncate(changed);
     };
     // Now and then without regard to what it is.
-    let mutated = if seed % 8 == 0 { None } else { protobuf::mutate(&data[..size], seed, &mut leaf) };
+    let mutated =
+        if seed % 8 == 0 { None } else { protobuf::mutate(&data[..size], seed, &mut leaf) };
     match mutated.filter(|bytes| bytes.len() <= max_size) {
         Some(bytes) => {
             data[..bytes.len()].copy_from_slice(&bytes);

@@ -140,7 +140,7 @@ pub fn mask(text: &str) -> String {
     // `https:user:pass@host` and `http:/\\user:pass@host` are URLs too, to whoever opens them.
     if let Ok(url) = Url::parse(text)
         && (url.password().is_some() || !url.username().is_empty())
-        && !text.contains("://")
+        && !begins(text, &format!("{}://", url.scheme()))
     {
         return mask(url.as_str());
     }
@@ -154,4 +154,8 @@ pub fn mask(text: &str) -> String {
         Some((path, _)) => format!("{scheme}://{hidden}{path}?***"),
         None => format!("{scheme}://{hidden}{rest}"),
     }
+}
+
+fn begins(text: &str, with: &str) -> bool {
+    text.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with))
 }

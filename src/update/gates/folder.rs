@@ -111,7 +111,11 @@ pub fn boxes(text: &str, classes: usize) -> Result<Vec<Truth>, String> {
                 .collect::<Option<_>>()
                 .ok_or_else(|| wrong("holds something else than fractions from 0 to 1"))?;
             let corners = match numbers[..] {
-                [x, y, w, h] => [x - w / 2.0, y - h / 2.0, x + w / 2.0, y + h / 2.0],
+                [x, y, w, h] => {
+                    // Rounding may leave a side a little below 0, as it may a corner.
+                    let (half_w, half_h) = (w.max(0.0) / 2.0, h.max(0.0) / 2.0);
+                    [x - half_w, y - half_h, x + half_w, y + half_h]
+                }
                 _ if numbers.len() >= 6 && numbers.len().is_multiple_of(2) => bounds(&numbers),
                 _ => return Err(wrong("is not `class x y w h`")),
             };

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
+use crate::text::brief;
 use crate::vision::picture::{Color, Matrix, Picture, Pixels, Plane, Range};
 
 /// Longest side of a picture, pixels.
@@ -181,10 +182,10 @@ impl FrameDump {
         let mut line = String::new();
         let read = from.by_ref().take(HEAD_BYTES_MAX).read_line(&mut line);
         read.map_err(|e| e.to_string())?;
-        let head: Head =
-            serde_json::from_str(&line).map_err(|e| format!("is no dump of a frame: {e}"))?;
+        let head: Head = serde_json::from_str(&line)
+            .map_err(|e| format!("is no dump of a frame: {}", brief(&e.to_string(), 200)))?;
         if head.schema != SCHEMA {
-            return Err(format!("schema {:?} is not {SCHEMA}", head.schema));
+            return Err(format!("schema {:?} is not {SCHEMA}", brief(&head.schema, 60)));
         }
         bounds(head.width, head.height)?;
         let size: usize =
