@@ -147,11 +147,7 @@ pub(crate) fn all(form: Form) {
         patient("codec", codec.url("")),
         patient("locked", locked.url("admin:old@")),
         patient("missing", missing.url("")),
-        config::Camera {
-            pipeline: "rtsp-udp".into(),
-            stall_timeout_s: 5.0,
-            ..patient("lossy", lossy.url(""))
-        },
+        config::Camera { pipeline: "rtsp-udp".into(), ..patient("lossy", lossy.url("")) },
         patient("sizes", sizes.url("")),
     ];
     let first_relay = cameras.len();
@@ -169,7 +165,7 @@ pub(crate) fn all(form: Form) {
                 let camera = at(1);
                 camera.streams();
                 killed.off();
-                let seen = camera.becomes(State::Backoff, "connection refused", secs(20));
+                let seen = camera.becomes(State::Backoff, "connection refused", secs(40));
                 killed.on(looped);
                 row("killed", seen, camera.recovers())
             }),
@@ -177,7 +173,7 @@ pub(crate) fn all(form: Form) {
                 let camera = relayed(0);
                 camera.streams();
                 frozen.set(Trouble::Frozen);
-                camera.becomes(State::Backoff, "no frame for 1.0 s", secs(10));
+                camera.becomes(State::Backoff, "no frame for 1.0 s", secs(40));
                 std::thread::sleep(trouble);
                 let seen = camera.rig.reach(camera.index, secs(30), |s| s.state == State::Backoff);
                 frozen.set(Trouble::None);
@@ -212,7 +208,7 @@ pub(crate) fn all(form: Form) {
                 let camera = at(2);
                 camera.streams();
                 codec.off();
-                let seen = camera.becomes(State::Backoff, "", secs(20));
+                let seen = camera.becomes(State::Backoff, "", secs(40));
                 codec.on(|s| s.mount_launch("/clip", &h265(320, 240, 10)).expect("it can work"));
                 let took = camera.recovers();
                 let stream = camera.status().stream.expect("it streams");
@@ -223,7 +219,7 @@ pub(crate) fn all(form: Form) {
                 let camera = relayed(2);
                 camera.streams();
                 garbled.set(Trouble::Garbled);
-                let state = camera.rig.reach(camera.index, secs(20), |s| {
+                let state = camera.rig.reach(camera.index, secs(40), |s| {
                     matches!(s.state, State::Stalled | State::Backoff)
                 });
                 let seen = format!("{}: {}", state.state.name(), state.reason.unwrap_or_default());
@@ -235,14 +231,14 @@ pub(crate) fn all(form: Form) {
                 let camera = relayed(3);
                 camera.streams();
                 noise.set(Trouble::Noise);
-                let seen = camera.becomes(State::Backoff, "", secs(20));
+                let seen = camera.becomes(State::Backoff, "", secs(40));
                 std::thread::sleep(trouble);
                 noise.set(Trouble::None);
                 row("sends noise", seen, camera.recovers())
             }),
             scope.spawn(|| {
                 let camera = at(3);
-                let seen = camera.becomes(State::Backoff, "wrong user name or password", secs(20));
+                let seen = camera.becomes(State::Backoff, "wrong user name or password", secs(40));
                 locked.off();
                 locked.settings = Settings { port: locked.settings.port, ..login("old") };
                 locked.on(looped);
@@ -284,7 +280,7 @@ pub(crate) fn all(form: Form) {
                 let seen = camera.becomes(
                     State::Backoff,
                     "takes no other session now (RTSP 453",
-                    secs(20),
+                    secs(40),
                 );
                 std::thread::sleep(until.saturating_duration_since(Instant::now()));
                 refuse.set(Trouble::None);
@@ -305,7 +301,7 @@ pub(crate) fn all(form: Form) {
             }),
             scope.spawn(|| {
                 let camera = at(4);
-                let seen = camera.becomes(State::Backoff, "connection refused", secs(20));
+                let seen = camera.becomes(State::Backoff, "connection refused", secs(40));
                 missing.on(looped);
                 row("missing at start", seen, camera.recovers())
             }),
