@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use targets::{ALL, Check, protobuf};
 
 /// Of each target.
-const MUTATIONS: u32 = 2000;
+const MUTATIONS: u32 = 5000;
 /// Bytes of an input.
 const LENGTH_MAX: usize = 4096;
 
