@@ -235,7 +235,7 @@ fn a_committed_model_that_hangs_loses_the_frame_and_goes_on() {
     assert!(longest_gap_s(&line.messages("/detections")) < 4.0);
     let log = line.service.log();
     assert!(log.contains("a run hangs for 1."), "{log}");
-    line.stop();
+    assert_eq!(line.service.stop().code(), Some(0));
 }
 
 /// On probation the model before is warm: the command takes effect between two frames.
