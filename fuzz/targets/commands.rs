@@ -13,7 +13,7 @@ use noblink::update::orders::{self, Order};
 use noblink::update::policy::{Policy, Signed, admit};
 use serde_json::{Map, Value, json};
 
-use super::{first_line, sentence};
+use super::{first_line, one_line, sentence};
 
 pub fn check(data: &[u8]) {
     let Some((head, body)) = first_line(data) else { return };
@@ -64,7 +64,7 @@ fn desired(payload: &[u8]) {
     };
     assert!(is_id(&wish.id));
     assert!(wish.unknown.len() <= 32, "{} lines in the log", wish.unknown.len());
-    wish.unknown.iter().for_each(|field| sentence(field));
+    wish.unknown.iter().for_each(|field| one_line(field));
     let source = match &wish.source {
         Source::Url(url) => {
             let parsed = url::Url::parse(url).expect("it was a URL");
@@ -117,7 +117,7 @@ fn manifest(bytes: &[u8]) {
     assert!(m.sequence.is_none_or(|s| s <= SEQUENCE_MAX));
     assert!(m.labels.as_ref().is_none_or(|l| !l.is_empty()));
     assert!(m.unknown.len() <= 32);
-    m.unknown.iter().for_each(|field| sentence(field));
+    m.unknown.iter().for_each(|field| one_line(field));
     let again = Manifest::parse(&printed(&m));
     assert_eq!(again, Ok(Manifest { unknown: Vec::new(), ..m }));
 }

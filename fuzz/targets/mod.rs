@@ -36,6 +36,10 @@ pub const ALL: [(&str, Check); 10] = [
 /// Goes into a log line, a report and a reply: short, and without what would break a line.
 fn sentence(text: &str) {
     assert!(!text.is_empty(), "a refusal without words");
+    one_line(text);
+}
+
+fn one_line(text: &str) {
     assert!(text.len() <= 4096, "{} bytes in one message: {text:.200}", text.len());
     assert!(!text.chars().any(char::is_control), "control characters: {text:?}");
 }

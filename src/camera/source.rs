@@ -98,6 +98,7 @@ fn test_source(url: &Url) -> Result<Source, SourceError> {
             "height" => (&mut height, 16..=4320),
             "fps" => (&mut fps, 1..=240),
             other => {
+                let other = mask(other);
                 return Err(SourceError(format!("parameter {other} is not width, height or fps")));
             }
         };
@@ -105,7 +106,8 @@ fn test_source(url: &Url) -> Result<Source, SourceError> {
             Ok(n) if range.contains(&n) => *slot = n,
             _ => {
                 return Err(SourceError(format!(
-                    "{key}={value}: must be a whole number from {} to {}",
+                    "{key}={}: must be a whole number from {} to {}",
+                    mask(&value),
                     range.start(),
                     range.end()
                 )));

@@ -58,7 +58,7 @@ impl Thread {
                 }
                 Ok(desired) => {
                     for unknown in &desired.unknown {
-                        warn!("command {}: field {unknown} means nothing here", desired.id);
+                        warn!("command {}: field \"{unknown}\" means nothing here", desired.id);
                     }
                     let wish = Wish {
                         id: desired.id,
