@@ -6,6 +6,7 @@
 //! stops what it started.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -30,6 +31,7 @@ use crate::mqtt::spooler::{self, Spooler};
 use crate::mqtt::topics::Topics;
 use crate::net::Net;
 use crate::notify::Notifier;
+use crate::preview::Previews;
 use crate::queue::Intake;
 use crate::records::{CameraRecord, Limits, ModelStatus, Status, rfc3339};
 use crate::sampler::Sampler;
@@ -41,6 +43,8 @@ use crate::update::job::Reason;
 use crate::update::orders;
 use crate::update::updater::{self, Desk, Updater};
 use crate::vision::nms;
+use crate::web::feed::Feed;
+use crate::web::page::Page;
 use crate::worker::{Origin, Pulse, RECORD_INTERVAL, Worker};
 use crate::{affinity, assets};
 
@@ -70,6 +74,7 @@ pub struct App {
     updater: Option<Updater>,
     net: Net,
     spooler: Spooler,
+    page: Page,
     telemeter: Telemeter,
     notifier: Notifier,
     said: Said,
@@ -110,7 +115,9 @@ impl App {
 
         let topics = Topics::new(&config.mqtt.prefix, &config.device.id);
         let outbox = Arc::new(Outbox::new(OUTBOX));
-        let board = Arc::new(Board::new());
+        let feed = Arc::new(Feed::default());
+        let board = Arc::new(Board::with_feed(Arc::clone(&feed), topics.root()));
+        let previews = Arc::new(Previews::start()?);
         let spool = spooler::Settings {
             dir: config.device.state_dir.clone(),
             max_bytes: config.outbox.max_bytes,
@@ -163,6 +170,8 @@ impl App {
                 Err(e) => warn!("{e:#}: the command line can't reach this service"),
             }
         }
+        let desk = updater.as_ref().map(|u| Arc::clone(u.desk()));
+        let page = Page::serve(&config, &net, feed, Arc::clone(&previews), desk);
         let worker = Worker::new(
             Arc::clone(&intake),
             Arc::clone(&slot),
@@ -170,6 +179,7 @@ impl App {
             Arc::clone(&meter),
             Arc::clone(&pulse),
             sampler,
+            previews,
             origin.clone(),
             &topics,
             &config.inference,
@@ -182,6 +192,7 @@ impl App {
         );
         let mut app = Self {
             started_us: now_us(),
+            page,
             telemeter: Telemeter::default(),
             notifier: Notifier::default(),
             said: Said::default(),
@@ -325,8 +336,14 @@ impl App {
             self.publish_telemetry(&snapshot);
             self.fleet.forget_removed();
         }
+        self.page.tell(&snapshot, &self.meter, self.started_us);
         self.notifier.tell(&snapshot, self.pulse.beats.load(Ordering::Relaxed));
         snapshot
+    }
+
+    /// Where the page is, if it is served.
+    pub fn page(&self) -> Option<SocketAddr> {
+        self.page.address()
     }
 
     /// The whole, now.

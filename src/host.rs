@@ -41,6 +41,12 @@ pub fn give_memory_back() {
     unsafe { nix::libc::malloc_trim(0) };
 }
 
+/// Lets this thread, and those that it starts, yield to all others.
+pub fn lower_priority() {
+    // SAFETY: it takes and returns numbers; a priority that can't be lowered stays as it is.
+    unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
+}
+
 /// CPU time of all threads of the process so far, seconds.
 pub fn cpu_seconds() -> f64 {
     let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);

@@ -44,6 +44,7 @@ impl Default for Meter {
             frames: 0,
             since: Instant::now(),
             last_failure: None,
+            stages_since_start: Default::default(),
             tallies: VecDeque::with_capacity(TALLIES_MAX + 1),
         };
         Self { state: Mutex::new(state) }
@@ -56,6 +57,7 @@ struct State {
     frames: u64,
     since: Instant,
     last_failure: Option<String>,
+    stages_since_start: [Buckets; 4],
     /// By epoch, the newest at the end.
     tallies: VecDeque<(u64, Tally)>,
 }
@@ -64,6 +66,7 @@ struct CameraState {
     records: u64,
     objects: u64,
     total_us: Histogram<u32>,
+    total: Buckets,
     results: VecDeque<Outcome>,
 }
 
@@ -78,6 +81,36 @@ pub struct Outcome {
     pub epoch: u64,
     /// How long the model ran.
     pub inference: Duration,
+}
+
+/// A histogram since the start, for whoever computes rates from it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Buckets {
+    /// Durations up to each of the bounds and above the one before; the last are longer than all.
+    pub counts: [u64; Self::BOUNDS_S.len() + 1],
+    /// Their sum, seconds.
+    pub sum_s: f64,
+}
+
+impl Buckets {
+    /// Upper bounds, seconds.
+    pub const BOUNDS_S: [f64; 11] =
+        [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0];
+
+    fn add(&mut self, duration: Duration) {
+        let seconds = duration.as_secs_f64();
+        self.counts[Self::BOUNDS_S.partition_point(|bound| *bound < seconds)] += 1;
+        self.sum_s += seconds;
+    }
+}
+
+/// Histograms since the start.
+#[derive(Debug, Clone)]
+pub struct Totals {
+    /// By the stage's name.
+    pub stages: [(&'static str, Buckets); 4],
+    /// From the decoder to the record, in the order of the cameras.
+    pub cameras: Vec<Buckets>,
 }
 
 /// What a model saw since it went live.
@@ -138,6 +171,7 @@ impl Meter {
             records: 0,
             objects: 0,
             total_us: Histogram::new_with_max(LONGEST_US, 2).expect("the bounds are valid"),
+            total: Buckets::default(),
             results: VecDeque::with_capacity(RESULTS_MAX),
         };
         let mut state = self.state();
@@ -165,6 +199,10 @@ impl Meter {
         state.stages.inference += timing.inference;
         state.stages.postprocess += timing.postprocess;
         state.frames += 1;
+        let stages = [timing.queue, timing.preprocess, timing.inference, timing.postprocess];
+        for (buckets, duration) in state.stages_since_start.iter_mut().zip(stages) {
+            buckets.add(duration);
+        }
         if state.tallies.back().is_none_or(|(e, _)| *e != epoch) {
             if state.tallies.len() == TALLIES_MAX {
                 state.tallies.pop_front();
@@ -176,11 +214,27 @@ impl Meter {
         }
         let camera = &mut state.cameras[camera];
         camera.total_us.saturating_record(total.as_micros() as u64);
+        camera.total.add(total);
         if camera.results.len() == RESULTS_MAX {
             camera.results.pop_front();
         }
         let at = Instant::now();
         camera.results.push_back(Outcome { at, frame, epoch, inference: timing.inference });
+    }
+
+    /// Histograms since the start.
+    pub fn totals(&self) -> Totals {
+        let state = self.state();
+        let [queue, preprocess, inference, postprocess] = state.stages_since_start.clone();
+        Totals {
+            stages: [
+                ("queue", queue),
+                ("preprocess", preprocess),
+                ("inference", inference),
+                ("postprocess", postprocess),
+            ],
+            cameras: state.cameras.iter().map(|c| c.total.clone()).collect(),
+        }
     }
 
     /// The results of every lane from `since` on, oldest first.

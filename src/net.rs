@@ -1,6 +1,7 @@
 //! The `net` thread: one current-thread Tokio runtime that runs the link and, where no broker is
 //! configured, the broker inside. Nothing on it may block.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,6 +20,7 @@ use crate::mqtt::outbox::Outbox;
 use crate::mqtt::status::LinkStatus;
 use crate::mqtt::topics::Topics;
 use crate::update::updater::Desk;
+use crate::web;
 use crate::worker::Origin;
 
 /// The running network.
@@ -88,6 +90,24 @@ impl Net {
         let _runtime = self.runtime.enter();
         self.runtime.spawn(control::serve(path, desk, self.reporter.clone(), size_max)?);
         Ok(())
+    }
+
+    /// What tells how it goes.
+    pub fn reporter(&self) -> &Reporter {
+        &self.reporter
+    }
+
+    /// Serves the page on this thread, to the network's end. Returns where.
+    pub fn web(
+        &self,
+        listen: SocketAddr,
+        token: Option<String>,
+        shared: web::Shared,
+    ) -> anyhow::Result<SocketAddr> {
+        let _runtime = self.runtime.enter();
+        let (address, serving) = web::serve(listen, token, shared)?;
+        self.runtime.spawn(serving);
+        Ok(address)
     }
 
     /// Messages on `cmd/cameras/…`, for whoever serves them.

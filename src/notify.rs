@@ -91,7 +91,7 @@ impl Progress {
 }
 
 /// A broker that is away does not keep the service from being ready; one that was never tried does.
-fn was_tried(link: &LinkStatus) -> bool {
+pub fn was_tried(link: &LinkStatus) -> bool {
     link.connects > 0 || link.attempt > 0 || link.state != LinkState::Connecting
 }
 

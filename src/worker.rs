@@ -15,6 +15,7 @@ use crate::model::engine::{Detection, Model, RunError, Thresholds};
 use crate::model::slot::{Live, Slot};
 use crate::mqtt::outbox::{Outbox, Record};
 use crate::mqtt::topics::Topics;
+use crate::preview::{Found, Head, Previews, Tap};
 use crate::queue::{Drop, Intake, Taken};
 use crate::records::{
     self, Bounds, Detections, FrameInfo, Latency, ModelRef, Object, Since, rounded,
@@ -89,6 +90,7 @@ pub struct Worker {
     meter: Arc<Meter>,
     pulse: Arc<Pulse>,
     sampler: Arc<Sampler>,
+    previews: Arc<Previews>,
     origin: Origin,
     /// The origin's, for the records.
     boot: Arc<str>,
@@ -110,6 +112,7 @@ impl Worker {
         meter: Arc<Meter>,
         pulse: Arc<Pulse>,
         sampler: Arc<Sampler>,
+        previews: Arc<Previews>,
         origin: Origin,
         topics: &Topics,
         inference: &config::Inference,
@@ -124,6 +127,7 @@ impl Worker {
             meter,
             pulse,
             sampler,
+            previews,
             origin,
             boot,
             topics,
@@ -148,7 +152,11 @@ impl Worker {
     /// is looked at again by the model before, so that not even that one is lost.
     fn infer(&mut self, taken: Taken) {
         let started = Instant::now();
-        let Some(mut live) = self.slot.load() else { return taken.dropped(Drop::NoModel) };
+        let Some(mut live) = self.slot.load() else {
+            let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics, &self.previews);
+            lens.lend(&taken.frame, None, &[]);
+            return taken.dropped(Drop::NoModel);
+        };
         self.pulse.begin(live.epoch);
         let frame = &taken.frame;
         let confidence = taken.settings.confidence.unwrap_or(self.confidence);
@@ -161,7 +169,7 @@ impl Worker {
             seen = look(&live.model, frame, &thresholds, &mut self.found);
         }
         self.pulse.end();
-        let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics);
+        let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics, &self.previews);
         let (size, mut timing) = match seen {
             Ok(seen) => seen,
             Err(why) => return self.meter.failure(lens.fail(), &why.to_string()),
@@ -185,6 +193,7 @@ impl Worker {
         let total = frame.arrived.elapsed();
         self.meter.frame(taken.camera, frame.id, live.epoch, &timing, total, &self.found);
         self.sampler.offer(&lens.id, frame);
+        lens.lend(frame, Some(&live), &self.found);
         taken.inferred();
     }
 }
@@ -195,11 +204,13 @@ fn lens<'l>(
     taken: &Taken,
     boot: &Arc<str>,
     topics: &Topics,
+    previews: &Previews,
 ) -> &'l mut Lens {
     if lenses.len() <= taken.camera {
         lenses.resize_with(taken.camera + 1, || None);
     }
-    let lens = lenses[taken.camera].get_or_insert_with(|| Lens::new(&taken.settings, boot, topics));
+    let new = || Lens::new(&taken.settings, boot, topics, previews);
+    let lens = lenses[taken.camera].get_or_insert_with(new);
     lens.follow(&taken.settings);
     lens
 }
@@ -252,6 +263,7 @@ fn interval(camera: &config::Camera) -> Option<Duration> {
 struct Lens {
     settings: Arc<config::Camera>,
     id: Arc<str>,
+    tap: Arc<Tap>,
     boot: Arc<str>,
     topic: Arc<str>,
     /// Class ids of `labels` in the model of this epoch.
@@ -267,10 +279,16 @@ struct Lens {
 }
 
 impl Lens {
-    fn new(camera: &Arc<config::Camera>, boot: &Arc<str>, topics: &Topics) -> Self {
+    fn new(
+        camera: &Arc<config::Camera>,
+        boot: &Arc<str>,
+        topics: &Topics,
+        previews: &Previews,
+    ) -> Self {
         Self {
             settings: Arc::clone(camera),
             id: camera.id.as_str().into(),
+            tap: previews.tap(&camera.id),
             boot: Arc::clone(boot),
             topic: topics.detections(&camera.id),
             wanted: None,
@@ -290,6 +308,25 @@ impl Lens {
             self.interval = interval(settings);
             self.wanted = None;
         }
+    }
+
+    /// Lends the frame to those who look at the camera.
+    fn lend(&self, frame: &Frame, live: Option<&Arc<Live>>, found: &[Detection]) {
+        self.tap.offer(frame, || {
+            let labels = live.map_or(&[][..], |live| &live.model.contract().labels);
+            let label = |d: &Detection| labels.get(d.class_id as usize).map_or("", String::as_str);
+            let identity = live.map(|live| live.model.identity());
+            Head {
+                camera: self.id.to_string(),
+                frame: frame.id,
+                time_us: frame.time_us,
+                width: frame.info.width(),
+                height: frame.info.height(),
+                model: identity.map(|i| (i.id.clone(), i.version.clone())),
+                epoch: live.map_or(0, |live| live.epoch),
+                objects: found.iter().map(|d| Found::of(d, label(d))).collect(),
+            }
+        });
     }
 
     /// Counts a failed frame; returns the camera's id for the message.

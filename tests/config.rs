@@ -422,8 +422,21 @@ const WRONG: &[Row] = &[
     (
         VALID,
         "web.listen",
+        Some("\"8080\""),
+        "web.listen = \"8080\": must be an IP address and a port, or \"off\"",
+    ),
+    (
+        VALID,
+        "web.listen",
+        Some("\"0.0.0.0:8080\""),
+        "web.token_file is missing: a page that others can reach wants a token; name a file that holds one",
+    ),
+    (VALID, "web.token_file", Some("1"), "web.token_file = 1: must be a path"),
+    (
+        VALID,
+        "page.listen",
         Some("\"x\""),
-        "web is not a known key; known here: device, mqtt, camera, inference, models, outbox",
+        "page is not a known key; known here: device, mqtt, camera, inference, models, outbox, web",
     ),
 ];
 

@@ -22,3 +22,4 @@ mod service;
 mod swap;
 mod update;
 mod vision;
+mod web;

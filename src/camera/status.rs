@@ -31,6 +31,16 @@ pub enum State {
 }
 
 impl State {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Connecting,
+        Self::Streaming,
+        Self::Stalled,
+        Self::Backoff,
+        Self::Ended,
+        Self::Disabled,
+    ];
+
     /// As it stands on the wire.
     pub fn name(self) -> &'static str {
         match self {

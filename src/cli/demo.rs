@@ -58,6 +58,9 @@ pub(super) fn run(args: Args) -> Outcome {
 
 fn introduce(demo: &Demo, port: u16) {
     let root = demo.app.topics().root();
+    if let Some(page) = demo.app.page() {
+        println!("\nLook at it in a browser: http://{page}");
+    }
     println!(
         "\nTwo RTSP cameras, a model and an MQTT broker run on this machine.\n\
          What follows is made of the records that arrive over MQTT. See them in another terminal:\n\n    \

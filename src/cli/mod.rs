@@ -10,11 +10,9 @@ mod registry;
 mod run;
 mod status;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 use crate::config;
 use crate::update::gates;
@@ -77,7 +75,7 @@ type Outcome = Result<(), Failure>;
 /// Parses the command line, runs the command, says what went wrong. Usage errors exit with 2.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(matches!(cli.command, Command::Run(_)));
+    crate::log::start(matches!(cli.command, Command::Run(_)));
     let outcome = match cli.command {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
@@ -98,59 +96,6 @@ pub fn main() -> ExitCode {
         Err(Failure::Config(invalid)) => {
             eprintln!("noblink: {invalid}");
             ExitCode::from(78)
-        }
-    }
-}
-
-/// The service logs at `info`, one-shot commands at `error`; `NOBLINK_LOG` overrides. Under systemd
-/// each line starts with its level as the journal reads it, and without a time, which it adds.
-fn log_to_stderr(service: bool) {
-    let default = if service { "warn,noblink=info" } else { "error" };
-    let filter = EnvFilter::try_from_env("NOBLINK_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.with_ansi(false).event_format(journal::Format).init();
-    } else {
-        builder.init();
-    }
-}
-
-/// Lines for the journal: `<6>text`.
-mod journal {
-    use std::fmt;
-
-    use tracing::{Event, Level, Subscriber};
-    use tracing_subscriber::fmt::format::Writer;
-    use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-    use tracing_subscriber::registry::LookupSpan;
-
-    pub(super) struct Format;
-
-    impl<S, N> FormatEvent<S, N> for Format
-    where
-        S: Subscriber + for<'a> LookupSpan<'a>,
-        N: for<'a> FormatFields<'a> + 'static,
-    {
-        fn format_event(
-            &self,
-            context: &FmtContext<'_, S, N>,
-            mut writer: Writer<'_>,
-            event: &Event<'_>,
-        ) -> fmt::Result {
-            // sd-daemon(3): the priorities of syslog.
-            let priority = match *event.metadata().level() {
-                Level::ERROR => 3,
-                Level::WARN => 4,
-                Level::INFO => 6,
-                Level::DEBUG | Level::TRACE => 7,
-            };
-            write!(writer, "<{priority}>")?;
-            context.field_format().format_fields(writer.by_ref(), event)?;
-            writeln!(writer)
         }
     }
 }

@@ -48,6 +48,7 @@ struct Shared {
     desk: Arc<Desk>,
     reporter: Reporter,
     size_max: u64,
+    way: Way,
 }
 
 /// Binds the socket; the future serves it.
@@ -67,7 +68,7 @@ pub fn serve(
         .with_context(|| format!("the control socket {} can't be bound", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     listener.set_nonblocking(true)?;
-    let router = router(Shared { desk, reporter, size_max });
+    let router = router(desk, reporter, size_max, Way::Cli);
     Ok(async move {
         let served = async { axum::serve(UnixListener::from_std(listener)?, router).await };
         if let Err(e) = served.await {
@@ -76,7 +77,8 @@ pub fn serve(
     })
 }
 
-fn router(shared: Shared) -> axum::Router {
+/// Models and jobs, for the socket and for the page: orders come by `way`.
+pub fn router(desk: Arc<Desk>, reporter: Reporter, size_max: u64, way: Way) -> axum::Router {
     axum::Router::new()
         .route("/api/v1/status", get(status))
         .route("/api/v1/models", get(models))
@@ -85,7 +87,7 @@ fn router(shared: Shared) -> axum::Router {
         .route("/api/v1/models/desired", post(desired))
         .route("/api/v1/models/{verb}", post(verb))
         .layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX))
-        .with_state(shared)
+        .with_state(Shared { desk, reporter, size_max, way })
 }
 
 async fn status(State(shared): State<Shared>) -> Json<Value> {
@@ -108,7 +110,8 @@ async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Resp
     }
 }
 
-fn refuse(status: StatusCode, code: &'static str, message: String) -> Response {
+/// An answer that says why not.
+pub fn refuse(status: StatusCode, code: &'static str, message: String) -> Response {
     (status, Json(json!({ "ok": false, "reason": Reason::new(code, message) }))).into_response()
 }
 
@@ -117,8 +120,8 @@ async fn ask(shared: &Shared, order: Order) -> Response {
     let (sender, answer) = oneshot::channel();
     shared.desk.ask(Ask {
         order,
-        way: Way::Cli,
-        from: "cli".into(),
+        way: shared.way,
+        from: shared.way.name().into(),
         reply: Box::new(move |value| drop(sender.send(value))),
     });
     match answer.await {

@@ -21,6 +21,8 @@ const CAMERAS: [(&str, &str); 2] = [("line-a", "line-a.mp4"), ("line-b", "line-b
 
 /// The port that MQTT clients try by themselves.
 const MQTT_PORT: u16 = 1883;
+/// The page's.
+const WEB_PORT: u16 = 8080;
 
 /// What is published after how long, and what it is.
 const UPDATES: [(Duration, &str, &str); 2] = [
@@ -92,7 +94,7 @@ impl Demo {
 /// The demo's configuration, as a user would write it.
 fn config_text(
     urls: &[(String, String)],
-    port: u16,
+    (mqtt, web): (u16, u16),
     probation_s: u64,
     state: &Path,
     model: &Path,
@@ -100,7 +102,8 @@ fn config_text(
 ) -> String {
     let mut text = format!(
         "[device]\nid = \"demo\"\nstate_dir = {state:?}\n\n\
-         [mqtt]\nembedded = true\nembedded_port = {port}\n\n\
+         [mqtt]\nembedded = true\nembedded_port = {mqtt}\n\n\
+         [web]\nlisten = \"127.0.0.1:{web}\"\n\n\
          [models]\nfactory = {model:?}\nprobation_s = {probation_s}\n"
     );
     if let Some(dir) = calibration {
@@ -139,8 +142,8 @@ pub fn start(options: &Options) -> anyhow::Result<Demo> {
         updates.push((at, find(&format!("models/{file}"))?, text));
     }
     let state = std::env::temp_dir().join(format!("noblink-demo-{}", std::process::id()));
-    let (port, calibration) = (free_port()?, calibration.as_deref());
-    let text = config_text(&urls, port, options.probation_s, &state, &model, calibration);
+    let (ports, calibration) = ((port(MQTT_PORT)?, port(WEB_PORT)?), calibration.as_deref());
+    let text = config_text(&urls, ports, options.probation_s, &state, &model, calibration);
     let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
@@ -154,8 +157,8 @@ fn find(relative: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// The usual port when nobody listens there, else a free one.
-fn free_port() -> anyhow::Result<u16> {
+fn port(usual: u16) -> anyhow::Result<u16> {
     let probe = |port| std::net::TcpListener::bind(("127.0.0.1", port));
-    let listener = probe(MQTT_PORT).or_else(|_| probe(0)).context("no TCP port is free")?;
+    let listener = probe(usual).or_else(|_| probe(0)).context("no TCP port is free")?;
     Ok(listener.local_addr()?.port())
 }

@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
+use crate::web::feed::Feed;
+
 /// A topic and what goes there.
 pub type Notice = (Arc<str>, Arc<[u8]>);
 
@@ -28,6 +30,8 @@ struct State {
 pub struct Board {
     state: Mutex<State>,
     bell: Notify,
+    /// The page hears the same.
+    feed: Option<(Arc<Feed>, usize)>,
 }
 
 impl Board {
@@ -36,12 +40,25 @@ impl Board {
         Self::default()
     }
 
+    /// One whose messages go to `feed` as well, under their topics without `root`.
+    pub fn with_feed(feed: Arc<Feed>, root: &str) -> Self {
+        Self { feed: Some((feed, root.len() + 1)), ..Self::default() }
+    }
+
+    /// Tells the page alone of something that goes to the broker another way.
+    pub fn mention(&self, topic: &str, payload: &[u8]) {
+        if let Some((feed, root)) = &self.feed {
+            feed.put(topic.get(*root..).unwrap_or(topic), payload);
+        }
+    }
+
     /// States what is retained at `topic`. The same again is not published again.
     pub fn set(&self, topic: &Arc<str>, payload: Vec<u8>) {
         let mut state = self.state();
         if state.retained.get(topic).is_some_and(|old| **old == *payload) {
             return;
         }
+        self.mention(topic, &payload);
         state.retained.insert(Arc::clone(topic), payload.into());
         if state.online {
             state.changed.insert(Arc::clone(topic));
@@ -52,6 +69,7 @@ impl Board {
 
     /// Says something once, at QoS 0; without a connection it is forgotten.
     pub fn tell(&self, topic: &Arc<str>, payload: Vec<u8>) {
+        self.mention(topic, &payload);
         let mut state = self.state();
         if state.online {
             state.telemetry.insert(Arc::clone(topic), payload.into());

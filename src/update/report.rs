@@ -63,6 +63,11 @@ pub struct CameraSwap {
     pub longest_gap_ms: f64,
     /// Longest time between two results in the time before.
     pub expected_gap_ms: f64,
+    /// When the results around the swap were there, by the model before and by the new one,
+    /// milliseconds from the moment at which the pointer was changed.
+    pub old_ms: Vec<f64>,
+    /// See `old_ms`.
+    pub new_ms: Vec<f64>,
 }
 
 /// Looks at one camera's results, oldest first: those of `before` are by epochs below `epoch`.
@@ -79,7 +84,17 @@ pub fn camera_swap(results: &[Outcome], epoch: u64, swapped: Instant) -> Option<
         let longest = gaps.map(|pair| pair[1].at - pair[0].at).max().unwrap_or_default();
         rounded(longest.as_secs_f64() * 1e3, 2)
     };
+    let around = |results: &[Outcome]| {
+        let ms = |at: Instant| match at.checked_duration_since(swapped) {
+            Some(after) => after.as_secs_f64() * 1e3,
+            None => -(swapped - at).as_secs_f64() * 1e3,
+        };
+        let near = results.iter().filter(|r| r.at >= begin && r.at <= end);
+        near.map(|r| rounded(ms(r.at), 1)).collect()
+    };
     Some(CameraSwap {
+        old_ms: around(old),
+        new_ms: around(new),
         last_old: old.last().map(|r| r.frame),
         first_new: new.first().map(|r| r.frame),
         longest_gap_ms: longest(&|at| at >= begin && at <= end),
@@ -121,6 +136,8 @@ mod tests {
         assert_eq!((report.last_old, report.first_new), (Some(6), Some(7)));
         assert_eq!(report.longest_gap_ms, 1550.0, "the margin begins at 1150 ms");
         assert_eq!(report.expected_gap_ms, 150.0);
+        assert_eq!(report.old_ms, [-150.0, -50.0]);
+        assert_eq!(report.new_ms, [70.0, 150.0]);
     }
 
     #[test]

@@ -29,8 +29,12 @@ fn close(schema: &mut Value) {
 
 pub fn assert_valid(validator: &jsonschema::Validator, message: &Message) -> Value {
     let record: Value = serde_json::from_str(&message.payload).unwrap();
-    let problems: Vec<_> =
-        validator.iter_errors(&record).map(|e| format!("{}: {e}", e.instance_path())).collect();
-    assert!(problems.is_empty(), "{}: {problems:?}\n{}", message.topic, message.payload);
+    assert_valid_payload(validator, &record);
     record
+}
+
+pub fn assert_valid_payload(validator: &jsonschema::Validator, record: &Value) {
+    let problems: Vec<_> =
+        validator.iter_errors(record).map(|e| format!("{}: {e}", e.instance_path())).collect();
+    assert!(problems.is_empty(), "{problems:?}\n{record}");
 }

@@ -32,7 +32,9 @@ pub fn config(mqtt: &str, cameras: &[(&str, &str, &str)], rest: &str) -> String 
     for (id, url, more) in cameras {
         text += &format!("[[camera]]\nid = \"{id}\"\nurl = \"{url}\"\n{more}\n");
     }
-    text + rest
+    // Many services at once: the usual port is one.
+    let web = if rest.contains("[web]") { "" } else { "\n[web]\nlisten = \"off\"\n" };
+    text + rest + web
 }
 
 /// `[models]` with the demo's model.

@@ -24,6 +24,7 @@ use crate::model::runtime::Runtime;
 use crate::model::slot::{Live, Slot};
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::topics::Topics;
+use crate::preview::Previews;
 use crate::queue::{self, Drop, Intake};
 use crate::records::{Stages, rounded};
 use crate::worker::{Origin, Pulse, Worker};
@@ -267,6 +268,7 @@ impl Bench {
             Arc::clone(&meter),
             Arc::clone(&pulse),
             Arc::default(),
+            Arc::new(Previews::start()?),
             Origin { device: "bench".into(), boot: "bench".into() },
             &Topics::new("noblink", "bench"),
             &Inference::default(),

@@ -31,6 +31,7 @@ use super::job::{Job, Millis, Reason, Way};
 use super::keeper::Keeper;
 use super::orders::{self, Order};
 use super::registry;
+use super::report::SwapReport;
 use super::signature::PublicKey;
 use super::steps::{Bench, Fetching, Running, StepEnd};
 use super::store::Store;
@@ -130,6 +131,21 @@ pub struct View {
     pub jobs: Vec<Job>,
     /// What to do next, when no model runs.
     pub advice: Option<String>,
+    /// The report on the last swap.
+    pub last_swap: Option<SwapReport>,
+    /// Of all swaps since the process started.
+    pub swap_totals: SwapTotals,
+}
+
+/// Counts since the process started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SwapTotals {
+    /// Swaps.
+    pub swaps: u64,
+    /// Those back to a model that ran before, by hand or by themselves.
+    pub rollbacks: u64,
+    /// Frames that they cost.
+    pub frames_lost: u64,
 }
 
 impl Updater {

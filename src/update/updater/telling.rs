@@ -49,7 +49,7 @@ impl Thread {
     fn publish_job(&self, job: &Job) {
         let record = job_record(&self.parts.origin, job);
         let topic = self.parts.topics.models_job(&job.id);
-        self.parts.outbox.push(unnumbered(topic, &record));
+        self.tell(topic, &record);
     }
 
     /// The last life may have died between the end of a job and the word of it: the job that ended
@@ -136,7 +136,21 @@ impl Thread {
             name(&swap.to),
             report.frames_lost
         );
-        self.parts.outbox.push(unnumbered(self.parts.topics.swaps(), &json!(report)));
+        self.tell(self.parts.topics.swaps(), &json!(report));
+        let is_rollback = |j: &Job| j.serial == swap.serial && j.command().is_none();
+        let back = swap.reason.is_some() || jobs.iter().any(is_rollback);
+        let mut view = self.view.lock().expect("nothing panics with the view");
+        view.swap_totals.swaps += 1;
+        view.swap_totals.rollbacks += u64::from(back);
+        view.swap_totals.frames_lost += report.frames_lost;
+        view.last_swap = Some(report);
+    }
+
+    /// To the broker by way of the outbox, and to the page.
+    fn tell(&self, topic: Arc<str>, value: &Value) {
+        let record = unnumbered(topic, value);
+        self.parts.board.mention(&record.topic, &record.payload);
+        self.parts.outbox.push(record);
     }
 
     /// `models/state`, and what the control socket shows.
