@@ -93,6 +93,32 @@ proptest! {
         }
     }
 
+    /// The vector instructions of this machine give what plain code gives.
+    #[test]
+    fn every_machine_makes_the_same_tensor(
+        (w, h) in (1usize..400, 1usize..40),
+        input in prop_oneof![Just((32, 32)), Just((96, 64)), Just((320, 64)), Just((352, 352))],
+        fit in prop_oneof![Just(Fit::Letterbox), Just(Fit::Stretch)],
+        seed in any::<u32>(),
+    ) {
+        let mut state = seed;
+        let rgb: Vec<u8> = (0..3 * w * h)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            })
+            .collect();
+        let pixels = Pixels::Rgb(Plane { data: &rgb, stride: 3 * w });
+        let picture = Picture { width: w, height: h, color: LIMITED, pixels };
+        let plan = || Plan::new(Geometry::new(fit, (w, h), input), Order::Rgb, Scale::Byte);
+        let written = |mut plan: Plan| {
+            let mut tensor = vec![0.0; 3 * input.0 * input.1];
+            plan.write(&picture, &mut Target::F32(&mut tensor)).expect("the plane is whole");
+            tensor
+        };
+        prop_assert_eq!(written(plan()), written(plan().portable()));
+    }
+
     #[test]
     fn planes_that_are_too_short_are_refused(cut in 1usize..200) {
         let y = vec![0u8; 16 * 16];

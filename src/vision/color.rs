@@ -47,6 +47,7 @@ impl ToRgb {
     ///
     /// # Panics
     /// If the slices are not of one length.
+    #[inline(always)]
     pub fn planes(&self, yuv: [&[u8]; 3], (r, g, b): (&mut [u8], &mut [u8], &mut [u8])) {
         let n = yuv[0].len();
         // Equal lengths, said once, spare the loop its bounds checks.
@@ -63,10 +64,12 @@ impl ToRgb {
 }
 
 /// The upper half of a product: one instruction for eight pixels and more.
+#[inline(always)]
 fn high(a: i16, b: i16) -> i16 {
     ((i32::from(a) * i32::from(b)) >> 16) as i16
 }
 
+#[inline(always)]
 fn byte(v: i16) -> u8 {
     v.clamp(0, 255) as u8
 }

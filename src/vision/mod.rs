@@ -1,9 +1,10 @@
 //! Pixels in, boxes out: pure functions that know no I/O, no clock and no lock.
 //!
 //! `letterbox` says where a picture lies in the model's input, `resample` which source pixels make
-//! which input pixel, `preprocess` makes the tensor; `decode` reads the model's output, `nms` thins
+//! which input pixel, `blend` blends them sideways, `preprocess` makes the tensor; `decode` reads the model's output, `nms` thins
 //! it out. The numbers are those of `ultralytics` for the same ONNX file (`tests/parity.rs`).
 
+mod blend;
 pub mod color;
 pub mod decode;
 pub mod letterbox;

@@ -7,14 +7,19 @@
 //! pixels are taken (a scale of 3: 1080p into 640): fetched, converted to RGB, blended sideways,
 //! then downwards, in the integers of OpenCV. For 8-bit RGB the result equals `cv2.resize` bit by
 //! bit; for YUV it equals what `cv2.VideoCapture` and `cv2.resize` make of it (see `color`).
+//!
+//! The loops are plain ones that the compiler turns into vector instructions, once for every
+//! machine and once for those with AVX2. Only the gathering of neighbours, of which it makes
+//! nothing, is written out (`blend`).
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::blend::{self, Blend, Level, SHRINK_MAX, SUM_BITS, Sideways};
 use super::color::ToRgb;
 use super::letterbox::{Geometry, PAD};
 use super::picture::{Picture, Pixels, Plane};
-use super::resample::{Axis, WEIGHT_BITS};
+use super::resample::Axis;
 
 /// Order of the colour planes in the tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -81,9 +86,12 @@ pub struct Plan {
     geometry: Geometry,
     order: Order,
     scale: Scale,
-    x: Axis,
+    /// Those of the source that are fetched; `None`: all.
+    columns: Option<Vec<u32>>,
+    blend: Blend,
     y: Axis,
     kind: Kind,
+    level: Level,
     scratch: Scratch,
 }
 
@@ -104,8 +112,8 @@ struct Scratch {
     yuv: [Vec<u8>; 3],
     /// Source rows in RGB.
     rgb: [Vec<u8>; 2],
-    /// Source rows blended sideways, 11 fractional bits, and which rows they are of.
-    sums: [Vec<i32>; 2],
+    /// Source rows blended sideways, [`SUM_BITS`] fractional bits, and which rows they are of.
+    sums: [Vec<i16>; 2],
     sums_of: [Option<usize>; 2],
     /// A row of the target.
     bytes: Vec<u8>,
@@ -126,16 +134,31 @@ impl Plan {
         } else {
             Kind::Blended
         };
-        let columns = if kind == Kind::Sampled { resized.0 } else { source.0 };
+        let same = source.0 == resized.0;
+        let (columns, x) = match kind {
+            Kind::Sampled if !same => (Some(x.low.clone()), x),
+            Kind::Blended if source.0 > SHRINK_MAX * resized.0 => {
+                let (pixels, x) = x.pairs();
+                (Some(pixels), x)
+            }
+            _ => (None, x),
+        };
+        let width = columns.as_ref().map_or(source.0, Vec::len);
         let scratch = Scratch {
-            yuv: [vec![0; columns], vec![0; columns], vec![0; columns]],
-            rgb: [vec![0; 3 * columns], vec![0; 3 * columns]],
+            yuv: [vec![0; width], vec![0; width], vec![0; width]],
+            rgb: [vec![0; 3 * width], vec![0; 3 * width]],
             sums: [vec![0; 3 * resized.0], vec![0; 3 * resized.0]],
             sums_of: [None; 2],
             bytes: vec![0; 3 * resized.0],
             floats: vec![0.0; 3 * resized.0],
         };
-        Self { geometry, order, scale, x, y, kind, scratch }
+        let blend = Blend::new(x, width);
+        Self { geometry, order, scale, columns, blend, y, kind, level: Level::detect(), scratch }
+    }
+
+    /// The same, for the plainest of machines.
+    pub fn portable(self) -> Self {
+        Self { level: Level::Portable, ..self }
     }
 
     /// The place of the pictures.
@@ -171,6 +194,25 @@ impl Plan {
         target: &mut Target<'_>,
     ) -> Result<(), PreprocessError> {
         self.check(picture)?;
+        match self.level {
+            Level::Portable => self.write_rows::<blend::Portable>(picture, target),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the level was detected.
+            Level::Avx2 => unsafe { self.write_avx2(picture, target) },
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => self.write_rows::<blend::Neon>(picture, target),
+        }
+        Ok(())
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn write_avx2(&mut self, picture: &Picture<'_>, target: &mut Target<'_>) {
+        self.write_rows::<blend::Avx2>(picture, target);
+    }
+
+    #[inline(always)]
+    fn write_rows<S: Sideways>(&mut self, picture: &Picture<'_>, target: &mut Target<'_>) {
         let (width, height) = self.geometry.resized;
         let area = self.geometry.input.0 * self.geometry.input.1;
         let planes = match self.order {
@@ -182,7 +224,7 @@ impl Plan {
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.sums_of = [None; 2];
         for row in 0..height {
-            self.row(picture, &to_rgb, row, &mut scratch);
+            self.row::<S>(picture, &to_rgb, row, &mut scratch);
             let at = (self.geometry.top + row) * self.geometry.input.0 + self.geometry.left;
             for (bytes, plane) in scratch.bytes.chunks_exact(width).zip(planes) {
                 match target {
@@ -196,7 +238,6 @@ impl Plan {
             }
         }
         self.scratch = scratch;
-        Ok(())
     }
 
     /// The tensor's value of byte 1. Off by a 16-millionth from a division by 255.
@@ -249,8 +290,16 @@ impl Plan {
     }
 
     /// Makes one row of the target in `scratch.bytes`.
-    fn row(&self, picture: &Picture<'_>, to_rgb: &ToRgb, row: usize, scratch: &mut Scratch) {
+    #[inline(always)]
+    fn row<S: Sideways>(
+        &self,
+        picture: &Picture<'_>,
+        to_rgb: &ToRgb,
+        row: usize,
+        scratch: &mut Scratch,
+    ) {
         let Scratch { yuv, rgb, sums, sums_of, bytes, .. } = scratch;
+        let columns = self.columns.as_deref();
         let (low, high) = (self.y.low[row] as usize, self.y.high[row] as usize);
         let weight = self.y.weight[row];
         match self.kind {
@@ -261,7 +310,7 @@ impl Plan {
                 average(upper, lower, bytes);
             }
             Kind::Sampled if weight.1 == 0 => {
-                fetch(picture, low, Some(&self.x.low), to_rgb, yuv, bytes);
+                fetch(picture, low, columns, to_rgb, yuv, bytes);
             }
             Kind::Sampled | Kind::Blended => {
                 // Upscaling, the next row's upper source is often this row's lower one.
@@ -273,11 +322,10 @@ impl Plan {
                     if sums_of[n] == Some(y) {
                         continue;
                     }
-                    let columns = (self.kind == Kind::Sampled).then_some(&self.x.low[..]);
                     fetch(picture, y, columns, to_rgb, yuv, &mut rgb[0]);
                     match self.kind {
                         Kind::Sampled => weigh(&rgb[0], &mut sums[n]),
-                        _ => self.blend(&rgb[0], &mut sums[n]),
+                        _ => self.blend.rows::<S>(&rgb[0], &mut sums[n]),
                     }
                     sums_of[n] = Some(y);
                 }
@@ -286,34 +334,26 @@ impl Plan {
             }
         }
     }
-
-    /// Sideways: OpenCV's `HResizeLinear`.
-    fn blend(&self, rgb: &[u8], sums: &mut [i32]) {
-        let (source, width) = (self.geometry.source.0, self.geometry.resized.0);
-        for (rgb, sums) in rgb.chunks_exact(source).zip(sums.chunks_exact_mut(width)) {
-            let taps = self.x.low.iter().zip(&self.x.high).zip(&self.x.weight);
-            for (to, ((low, high), weight)) in sums.iter_mut().zip(taps) {
-                let (a, b) = (rgb[*low as usize], rgb[*high as usize]);
-                *to = i32::from(a) * i32::from(weight.0) + i32::from(b) * i32::from(weight.1);
-            }
-        }
-    }
 }
 
 /// Downwards: OpenCV's `VResizeLinear`.
-fn combine(upper: &[i32], lower: &[i32], weight: (u16, u16), out: &mut [u8]) {
+#[inline(always)]
+fn combine(upper: &[i16], lower: &[i16], weight: (u16, u16), out: &mut [u8]) {
     let (wa, wb) = (i32::from(weight.0), i32::from(weight.1));
+    let high = |weight: i32, sum: i16| ((weight * i32::from(sum)) >> 16) as i16;
     for ((to, a), b) in out.iter_mut().zip(upper).zip(lower) {
-        *to = ((((wa * (a >> 4)) >> 16) + ((wb * (b >> 4)) >> 16) + 2) >> 2) as u8;
+        *to = ((high(wa, *a) + high(wb, *b) + 2) >> 2) as u8;
     }
 }
 
-fn weigh(rgb: &[u8], sums: &mut [i32]) {
+#[inline(always)]
+fn weigh(rgb: &[u8], sums: &mut [i16]) {
     for (to, v) in sums.iter_mut().zip(rgb) {
-        *to = i32::from(*v) << WEIGHT_BITS;
+        *to = i16::from(*v) << SUM_BITS;
     }
 }
 
+#[inline(always)]
 fn average(upper: &[u8], lower: &[u8], out: &mut [u8]) {
     // The source may end in the third plane's last pair: its length is twice the target's.
     let pairs = upper.chunks_exact(2).zip(lower.chunks_exact(2));
@@ -323,6 +363,7 @@ fn average(upper: &[u8], lower: &[u8], out: &mut [u8]) {
     }
 }
 
+#[inline(always)]
 fn to_floats(bytes: &[u8], unit: f32, out: &mut [f32]) {
     for (to, v) in out.iter_mut().zip(bytes) {
         *to = f32::from(*v) * unit;
@@ -330,6 +371,7 @@ fn to_floats(bytes: &[u8], unit: f32, out: &mut [f32]) {
 }
 
 /// Fetches row `y` of a picture, or of that row the given columns, as planes of RGB.
+#[inline(always)]
 fn fetch(
     picture: &Picture<'_>,
     y: usize,
@@ -377,16 +419,19 @@ fn fetch(
     }
 }
 
+#[inline(always)]
 fn line(plane: Plane<'_>, y: usize) -> &[u8] {
     &plane.data[y * plane.stride..]
 }
 
+#[inline(always)]
 fn thirds(rgb: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
     let (r, gb) = rgb.split_at_mut(rgb.len() / 3);
     let (g, b) = gb.split_at_mut(gb.len() / 2);
     (r, g, b)
 }
 
+#[inline(always)]
 fn pick(line: &[u8], columns: &[u32], at: impl Fn(usize) -> usize, out: &mut [u8]) {
     for (to, x) in out.iter_mut().zip(columns) {
         *to = line[at(*x as usize)];
@@ -394,6 +439,7 @@ fn pick(line: &[u8], columns: &[u32], at: impl Fn(usize) -> usize, out: &mut [u8
 }
 
 /// Repeats each sample over its two pixels.
+#[inline(always)]
 fn spread(half: &[u8], out: &mut [u8]) {
     let pairs = out.len() / 2;
     for (pair, c) in out.chunks_exact_mut(2).zip(half) {
@@ -405,6 +451,7 @@ fn spread(half: &[u8], out: &mut [u8]) {
 }
 
 /// The same for interleaved samples.
+#[inline(always)]
 fn spread_two(half: &[u8], blue: &mut [u8], red: &mut [u8]) {
     let pairs = blue.len() / 2;
     let outs = blue.chunks_exact_mut(2).zip(red.chunks_exact_mut(2));

@@ -33,6 +33,16 @@ impl Axis {
         Self::new(source, target, false)
     }
 
+    /// The source pixels that are needed, two for each target pixel, and the axis over those.
+    pub fn pairs(self) -> (Vec<u32>, Self) {
+        let pixels =
+            self.low.iter().zip(&self.high).flat_map(|(low, high)| [*low, *high]).collect();
+        let count = self.low.len() as u32;
+        let low = (0..count).map(|d| 2 * d).collect();
+        let high = (0..count).map(|d| 2 * d + 1).collect();
+        (pixels, Self { low, high, weight: self.weight })
+    }
+
     fn new(source: usize, target: usize, snap: bool) -> Self {
         let scale = 1.0 / (target as f64 / source as f64);
         let one = f32::from(1u16 << WEIGHT_BITS);
