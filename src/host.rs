@@ -1,5 +1,8 @@
 //! What the process costs its machine, out of `/proc/self`.
 
+use std::io;
+
+use nix::libc;
 use serde::Serialize;
 
 /// The process and its machine.
@@ -38,13 +41,30 @@ impl Host {
 /// session would leave its share behind.
 pub fn give_memory_back() {
     // SAFETY: it takes no pointer and may be called by any thread at any time.
-    unsafe { nix::libc::malloc_trim(0) };
+    unsafe { libc::malloc_trim(0) };
 }
 
-/// Lets this thread, and those that it starts, yield to all others.
-pub fn lower_priority() {
-    // SAFETY: it takes and returns numbers; a priority that can't be lowered stays as it is.
-    unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10) };
+/// The niceness of what can wait: it gets a tenth of what a thread of the path gets.
+pub const NICE: i32 = 10;
+
+/// Lets this thread, and those that it starts, yield to all others. One that is nicer already stays
+/// so.
+///
+/// # Errors
+/// The system's; the priority stays as it is.
+pub fn lower_priority(niceness: i32) -> io::Result<()> {
+    // SAFETY: both calls take and return numbers; `errno` is cleared since -1 is a priority as well.
+    unsafe {
+        *libc::__errno_location() = 0;
+        let now = libc::getpriority(libc::PRIO_PROCESS, 0);
+        if now == -1 && *libc::__errno_location() != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        match libc::setpriority(libc::PRIO_PROCESS, 0, now.max(niceness)) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
 }
 
 /// CPU time of all threads of the process so far, seconds.

@@ -17,6 +17,7 @@ use tokio::sync::broadcast;
 use tracing::warn;
 
 use crate::camera::frame::Frame;
+use crate::host;
 use crate::records::{Bounds, rounded};
 
 /// Shortest time between two pictures of a camera.
@@ -174,7 +175,8 @@ impl Previews {
 }
 
 fn encode_all(taken: &Receiver<Shot>) {
-    crate::host::lower_priority();
+    // What can't be lowered stays as it is.
+    let _ = host::lower_priority(host::NICE);
     let mut encoders: BTreeMap<(String, u32, u32), Encoder> = BTreeMap::new();
     for shot in taken {
         let info = &shot.frame.info;

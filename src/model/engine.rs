@@ -191,8 +191,8 @@ impl Model {
         Self::build(runtime, &file, options)
     }
 
-    /// Builds and warms up a model that was checked already. The session's threads inherit the
-    /// niceness and affinity of the calling thread.
+    /// Builds and warms up a model that was checked already. The session's threads get the affinity
+    /// of the calling thread, and the niceness of the process.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -324,6 +324,7 @@ fn configure(
         // Spinning burns a core between frames, which the decoder needs.
         .with_intra_op_spinning(false)?
         .with_inter_op_spinning(false)?
+        .with_thread_manager(runtime.nursery.clone())?
         .with_log_level(ort::logging::LogLevel::Warning)?;
     for (name, size) in &contract.fixed {
         builder = builder.with_dimension_override(name, *size as i64)?;

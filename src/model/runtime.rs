@@ -4,9 +4,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::thread::{Builder, JoinHandle};
 
-use ort::environment::Environment;
+use crossbeam_channel::{Sender, bounded};
+use ort::environment::{Environment, ThreadManager};
 use ort::logging::LogLevel;
+
+use crate::affinity;
 
 /// Where packages install the library.
 const SYSTEM_DIR: &str = "/usr/lib/noblink";
@@ -21,6 +25,7 @@ static LOADED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
 #[derive(Debug)]
 pub struct Runtime {
     pub(super) environment: Environment,
+    pub(super) nursery: Nursery,
     library: PathBuf,
     version: String,
 }
@@ -71,8 +76,9 @@ impl Runtime {
             .map_err(|e| unusable(e.to_string()))?;
         // Below this the library composes messages for every run only to have them filtered.
         environment.set_log_level(LogLevel::Warning);
+        let nursery = Nursery::start().map_err(|e| unusable(format!("no thread: {e}")))?;
         let version = version_of(&path);
-        let runtime = Arc::new(Self { environment, library: path, version });
+        let runtime = Arc::new(Self { environment, nursery, library: path, version });
         *loaded = Some(Arc::clone(&runtime));
         Ok(runtime)
     }
@@ -86,6 +92,57 @@ impl Runtime {
     /// the version but keeps it to itself.
     pub fn version(&self) -> &str {
         &self.version
+    }
+}
+
+/// Starts the threads of sessions' pools.
+///
+/// A thread inherits its maker's niceness, and may not go below it again. Sessions are built at a
+/// low priority, so that the cameras don't feel it, but must run at the service's own: their threads
+/// are therefore made by a thread of that niceness.
+#[derive(Debug, Clone)]
+pub(super) struct Nursery {
+    births: Sender<Birth>,
+}
+
+/// A thread to start, and where its handle goes.
+type Birth = (Box<dyn FnOnce() + Send>, Sender<std::io::Result<JoinHandle<()>>>);
+
+impl Nursery {
+    /// It lives as long as the process, as the library does.
+    fn start() -> std::io::Result<Self> {
+        let (births, wanted) = bounded::<Birth>(0);
+        Builder::new().name("nursery".into()).spawn(move || {
+            for (work, parent) in wanted {
+                let _ = parent.send(Builder::new().name("infer-pool".into()).spawn(work));
+            }
+        })?;
+        Ok(Self { births })
+    }
+}
+
+impl ThreadManager for Nursery {
+    type Thread = JoinHandle<()>;
+
+    /// The thread runs on the cores of the one that builds the session.
+    fn create(&self, work: impl FnOnce() + Send + 'static) -> ort::Result<JoinHandle<()>> {
+        let cores = affinity::allowed();
+        let work = move || {
+            // They are cores that this process may use: the builder runs on them.
+            let _ = affinity::pin(&cores);
+            work();
+        };
+        let (parent, born) = bounded(1);
+        let sent = self.births.send((Box::new(work), parent)).is_ok();
+        let thread = born.recv().ok().filter(|_| sent);
+        let thread = thread.ok_or_else(|| ort::Error::new("the nursery is gone"))?;
+        thread.map_err(|e| ort::Error::new(format!("the system has no thread: {e}")))
+    }
+
+    fn join(thread: JoinHandle<()>) -> ort::Result<()> {
+        // One that panicked has said so.
+        let _ = thread.join();
+        Ok(())
     }
 }
 

@@ -20,7 +20,6 @@ use super::live::LiveFrames;
 use super::manifest::{self, Manifest};
 use super::registry;
 use super::store::{Store, StoreError};
-use crate::affinity;
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
 use crate::model::file::ModelFile;
@@ -28,6 +27,7 @@ use crate::model::runtime::Runtime;
 use crate::mqtt::board::Board;
 use crate::mqtt::link::Inbound;
 use crate::mqtt::topics::Topics;
+use crate::{affinity, host};
 
 /// How a step ended.
 pub enum StepEnd {
@@ -116,6 +116,10 @@ impl Bench {
         let thread = std::thread::Builder::new().name("step".into()).spawn(move || {
             if let Err(why) = affinity::pin(&bench.cores) {
                 tracing::warn!("a step is not pinned: {why}");
+            }
+            // The cameras come first: what a step does can wait, and takes what they leave.
+            if let Err(why) = host::lower_priority(host::NICE) {
+                tracing::warn!("a step keeps its priority: {why}");
             }
             let end = step(&bench, &flag);
             // The update thread is gone = the process ends.

@@ -17,7 +17,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use super::wire::Ticket;
-use crate::affinity;
+use crate::{affinity, host};
 
 /// Locks this process in. Must come before any thread is started. Returns what was reached, for the
 /// report: a box that does not allow a lock shows so.
@@ -29,7 +29,7 @@ pub(super) fn confine(ticket: &Ticket) -> Result<(Value, Allowance), String> {
     let allowance = Allowance::new(ticket)?;
     // The kernel takes this process before any other when memory runs out.
     let oom = fs::write("/proc/self/oom_score_adj", "1000");
-    let niced = nice(ticket.nice);
+    let niced = host::lower_priority(ticket.nice);
     if let Some(cores) = &ticket.request.engine.cores {
         affinity::pin(cores)?;
     }
@@ -92,21 +92,6 @@ fn ignore_file_size_signal() -> Result<(), String> {
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, nix::sys::signal::SigHandler::SigIgn) }
         .map(drop)
         .map_err(|e| format!("SIGXFSZ: {e}"))
-}
-
-fn nice(more: i32) -> io::Result<()> {
-    // SAFETY: both calls take and return numbers; `errno` is cleared since -1 is a priority as well.
-    unsafe {
-        *libc::__errno_location() = 0;
-        let now = libc::getpriority(libc::PRIO_PROCESS, 0);
-        if now == -1 && *libc::__errno_location() != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        match libc::setpriority(libc::PRIO_PROCESS, 0, (now + more).min(19)) {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
 }
 
 /// An own network with nothing in it. Root may have one, others together with an own user

@@ -30,6 +30,7 @@ use super::request::Request;
 use super::wire::{Fault, Line, Report, Step, Ticket, Who};
 use super::{GATES, failed, skipped};
 use crate::config::Models;
+use crate::host;
 use crate::records::rounded;
 
 /// How often the child's memory is looked at. It can grow by 30 MB in between.
@@ -51,7 +52,7 @@ pub struct Limits {
     pub cpu_s: u64,
     /// From start to end.
     pub wall: Duration,
-    /// Added to the service's niceness.
+    /// Its niceness, unless the service's is higher.
     pub nice: i32,
 }
 
@@ -65,7 +66,7 @@ impl Default for Limits {
             memory_bytes: (memory / 10 * 6).min(2 << 30),
             cpu_s: 60,
             wall: Duration::from_secs(15 * 60),
-            nice: 10,
+            nice: host::NICE,
         }
     }
 }
