@@ -51,6 +51,10 @@ pub struct Options {
     pub model: Option<PathBuf>,
     /// Other H.264 mp4 files than the demo's two, a camera each.
     pub clips: Vec<PathBuf>,
+    /// Cameras that are there already, instead of the demo's.
+    pub urls: Vec<String>,
+    /// Lines under `[inference]`.
+    pub inference: String,
 }
 
 /// The running demo. Fields are dropped in this order.
@@ -59,7 +63,7 @@ pub struct Demo {
     pub app: App,
     /// Address of one of the cameras, for those who want to look at it themselves.
     pub camera_url: String,
-    _cameras: RtspServer,
+    _cameras: Option<RtspServer>,
     /// Models that are still to be published.
     updates: std::vec::IntoIter<(Duration, PathBuf, &'static str)>,
     state: PathBuf,
@@ -95,15 +99,17 @@ impl Demo {
 fn config_text(
     urls: &[(String, String)],
     (mqtt, web): (u16, u16),
-    probation_s: u64,
+    options: &Options,
     state: &Path,
     model: &Path,
     calibration: Option<&Path>,
 ) -> String {
+    let Options { probation_s, inference, .. } = options;
     let mut text = format!(
         "[device]\nid = \"demo\"\nstate_dir = {state:?}\n\n\
          [mqtt]\nembedded = true\nembedded_port = {mqtt}\n\n\
          [web]\nlisten = \"127.0.0.1:{web}\"\n\n\
+         [inference]\n{inference}\n\n\
          [models]\nfactory = {model:?}\nprobation_s = {probation_s}\n"
     );
     if let Some(dir) = calibration {
@@ -122,34 +128,45 @@ pub fn start(options: &Options) -> anyhow::Result<Demo> {
         Some(model) => (std::path::absolute(model)?, None),
         None => (find("models/plates-v1.onnx")?, Some(find("models/calibration")?)),
     };
-    let server = RtspServer::start(&rtsp::Settings::default())
-        .context("the demo's cameras can't be started")?;
-    let mut clips = Vec::new();
-    for (clip, n) in options.clips.iter().zip(1..) {
-        clips.push((format!("clip-{n}"), clip.clone()));
-    }
-    for (id, clip) in CAMERAS.iter().filter(|_| options.clips.is_empty()) {
-        clips.push(((*id).to_owned(), find(&format!("models/clips/{clip}"))?));
-    }
-    let mut urls = Vec::new();
-    for (id, clip) in clips {
-        let path = format!("/{id}");
-        server.mount_clip(&path, &clip, true)?;
-        urls.push((id, server.url(&path)));
-    }
+    let (server, urls) = match options.urls.as_slice() {
+        [] => cameras(&options.clips).map(|(server, urls)| (Some(server), urls))?,
+        urls => {
+            (None, urls.iter().zip(1..).map(|(u, n)| (format!("camera-{n}"), u.clone())).collect())
+        }
+    };
     let mut updates = Vec::new();
     for (at, file, text) in UPDATES.into_iter().filter(|_| options.story) {
         updates.push((at, find(&format!("models/{file}"))?, text));
     }
     let state = std::env::temp_dir().join(format!("noblink-demo-{}", std::process::id()));
     let (ports, calibration) = ((port(MQTT_PORT)?, port(WEB_PORT)?), calibration.as_deref());
-    let text = config_text(&urls, ports, options.probation_s, &state, &model, calibration);
+    let text = config_text(&urls, ports, options, &state, &model, calibration);
     let config = Config::parse(&text, Path::new("."))
         .map_err(|problems| anyhow::anyhow!("the demo's configuration: {problems:?}"))?;
     let app = App::start(config)?;
     let camera_url = urls[0].1.clone();
     let updates = updates.into_iter();
     Ok(Demo { app, camera_url, _cameras: server, updates, state })
+}
+
+/// Cameras that send clips: the demo's two when there are none; ids and addresses.
+fn cameras(clips: &[PathBuf]) -> anyhow::Result<(RtspServer, Vec<(String, String)>)> {
+    let server = RtspServer::start(&rtsp::Settings::default())
+        .context("the demo's cameras can't be started")?;
+    let mut sources = Vec::new();
+    for (clip, n) in clips.iter().zip(1..) {
+        sources.push((format!("clip-{n}"), clip.clone()));
+    }
+    for (id, clip) in CAMERAS.iter().filter(|_| clips.is_empty()) {
+        sources.push(((*id).to_owned(), find(&format!("models/clips/{clip}"))?));
+    }
+    let mut urls = Vec::new();
+    for (id, clip) in sources {
+        let path = format!("/{id}");
+        server.mount_clip(&path, &clip, true)?;
+        urls.push((id, server.url(&path)));
+    }
+    Ok((server, urls))
 }
 
 fn find(relative: &str) -> anyhow::Result<PathBuf> {

@@ -1,6 +1,9 @@
 //! `noblink bench …`: measures the real path on a recorded input.
 
+mod cameras;
+mod load;
 mod pipeline;
+mod service;
 mod swap;
 
 use std::fmt;
@@ -11,6 +14,11 @@ use super::{Outcome, print_json};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
+    /// Serve what this box can: cameras, frames a second, latency, fairness, cost of a frame
+    Load(load::Args),
+    /// The cameras of `load`, in a process of their own
+    #[command(hide = true)]
+    Cameras(cameras::Args),
     /// Time each stage of the path, from the decoder to the record
     Pipeline(pipeline::Args),
     /// Replace the model over and over, and see what that does to the results
@@ -19,6 +27,8 @@ pub(super) enum Command {
 
 pub(super) fn run(command: Command) -> Outcome {
     match command {
+        Command::Load(args) => show(args.json, &load::run(&args)?),
+        Command::Cameras(args) => Ok(cameras::serve(&args)?),
         Command::Pipeline(args) => show(args.json, &pipeline::run(args)?),
         Command::Swap(args) => show(args.json, &swap::run(&args)?),
     }

@@ -3,21 +3,17 @@
 //! against what goes on anyway, in sham windows of the same run.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail, ensure};
-use crossbeam_channel::bounded;
+use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
-use serde_json::Value;
 
-use crate::demo::{self, Demo};
+use super::service::{Seen, Service, Spread};
+use crate::demo;
 use crate::host::Host;
-use crate::meter::Outcome;
 use crate::records::rounded;
-use crate::update::job::{Install, JobState, Ratio, Way};
-use crate::update::orders::Order;
-use crate::update::updater::Ask;
+use crate::update::job::Ratio;
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
@@ -45,8 +41,6 @@ pub(in crate::cli) struct Args {
 const MARGIN: Duration = Duration::from_millis(500);
 /// From the first result after a swap to the next swap: its window, a sham window, some room.
 const SPACING: Duration = Duration::from_millis(2300);
-/// Longest time for one job.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What was measured. A window is [`MARGIN`] before and after a moment: a swap, or one without.
 #[derive(Debug, Serialize)]
@@ -82,22 +76,6 @@ struct Windows {
     missing: f64,
 }
 
-#[derive(Debug, Serialize)]
-struct Spread {
-    p50: f64,
-    p99: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(mut ms: Vec<f64>) -> anyhow::Result<Self> {
-        ensure!(!ms.is_empty(), "no window holds two results: do the cameras stream?");
-        ms.sort_by(f64::total_cmp);
-        let at = |q: f64| rounded(ms[((ms.len() - 1) as f64 * q).round() as usize], 2);
-        Ok(Self { p50: at(0.5), p99: at(0.99), max: at(1.0) })
-    }
-}
-
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { swaps, full_updates, frames, .. } = self;
@@ -128,16 +106,6 @@ impl fmt::Display for Report {
     }
 }
 
-/// Everything that the worker said, and the service that it came from.
-struct Bench {
-    demo: Demo,
-    slower: Option<Ratio>,
-    results: Vec<Vec<Outcome>>,
-    /// How long each full update took, milliseconds.
-    updates: Vec<f64>,
-    ticked: Instant,
-}
-
 pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     let models: [PathBuf; 2] = match args.models.as_slice() {
         [] => [shipped(1)?, shipped(2)?],
@@ -148,22 +116,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         Some(r) => Some(Ratio::of(r).with_context(|| format!("--accept-slower {r}: 1 to 1000"))?),
         None => None,
     };
-    let factory = args.models.first().cloned();
-    let demo = demo::start(&demo::Options {
-        probation_s: 0,
-        story: false,
-        model: factory,
+    let mut bench = Service::start(&demo::Options {
+        model: args.models.first().cloned(),
         clips: args.clips.clone(),
+        ..demo::Options::default()
     })?;
-    let cameras = demo.app.snapshot().cameras.len();
-    let (results, updates) = (vec![Vec::new(); cameras], Vec::new());
-    let mut bench = Bench { demo, slower, results, updates, ticked: Instant::now() };
-    bench.run_for(Duration::from_secs(8));
-    // The burst with which a camera starts is not what is measured.
-    bench.results.iter_mut().for_each(|r| drop(r.drain(..r.len().saturating_sub(1))));
+    bench.settle()?;
+    let mut updates = Vec::new();
     for update in 0..args.updates {
         let model = &models[if update % 2 == 0 { 1 } else { 0 }];
-        bench.install(&format!("update-{update}"), model)?;
+        updates.extend(bench.install(&format!("update-{update}"), model, slower)?);
         bench.run_for(SPACING);
     }
     let mut early = Host::read(0.0, 1.0).rss_mb;
@@ -175,115 +137,24 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         }
     }
     let end = Host::read(0.0, 1.0).rss_mb;
-    let results = std::mem::take(&mut bench.results);
-    let last = bench.demo.stop();
+    let (results, last) = bench.stop();
     let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
-    report(bench.updates, &results, unaccounted, (early, end))
+    report(updates, &results, unaccounted, (early, end))
 }
 
 fn shipped(version: u32) -> anyhow::Result<PathBuf> {
     crate::assets::find(&format!("models/plates-v{version}.onnx")).map_err(|e| anyhow!(e))
 }
 
-impl Bench {
-    /// Keeps the service's clockwork going, and what the worker says.
-    fn step(&mut self) {
-        std::thread::sleep(Duration::from_millis(20));
-        if self.ticked.elapsed() >= Duration::from_secs(1) {
-            self.demo.app.tick();
-            self.ticked = Instant::now();
-        }
-        let since = self.results.iter().filter_map(|r| r.last()).map(|r| r.at).min();
-        let since = since.unwrap_or_else(|| self.ticked - Duration::from_secs(1));
-        for (known, new) in self.results.iter_mut().zip(self.demo.app.meter().results(since)) {
-            let last = known.last().map(|r| r.at);
-            known.extend(new.into_iter().filter(|r| last.is_none_or(|last| r.at > last)));
-        }
-    }
-
-    fn run_for(&mut self, time: Duration) {
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            self.step();
-        }
-    }
-
-    fn ask(&self, order: Order) -> anyhow::Result<Value> {
-        let (reply, answer) = bounded(1);
-        let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
-        desk.ask(Ask {
-            order,
-            way: Way::Cli,
-            from: "bench".into(),
-            reply: Box::new(move |value| drop(reply.send(value))),
-        });
-        let answer = answer.recv_timeout(PATIENCE).context("no answer")?;
-        ensure!(answer["ok"] == true, "refused: {answer}");
-        Ok(answer)
-    }
-
-    /// Until the job is over and every camera has a result by the new epoch.
-    fn until_done(&mut self, id: &str, epoch: u64) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            self.step();
-            let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
-            let job = desk.view().jobs.into_iter().find(|j| j.id == id);
-            let over = job.as_ref().is_some_and(|j| j.state.is_terminal());
-            let seen = |r: &Vec<Outcome>| r.last().is_some_and(|r| r.epoch > epoch);
-            if over && self.results.iter().all(seen) {
-                return Ok(());
-            }
-            if let Some(job) = job.filter(|j| over && j.state != JobState::Succeeded) {
-                return Err(anyhow!("job {id} ended {:?}: {:?}", job.state, job.reason));
-            }
-            ensure!(Instant::now() < deadline, "job {id} does not end");
-        }
-    }
-
-    fn epoch(&self) -> u64 {
-        self.results.iter().filter_map(|r| r.last()).map(|r| r.epoch).max().unwrap_or(0)
-    }
-
-    fn install(&mut self, id: &str, model: &Path) -> anyhow::Result<()> {
-        let bytes = std::fs::read(model).with_context(|| model.display().to_string())?;
-        let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
-        let mut part = desk.store().stage(bytes.len() as u64, bytes.len() as u64)?;
-        part.write(&bytes)?;
-        let blob = part.finish(None)?;
-        let (epoch, commanded) = (self.epoch(), Instant::now());
-        self.ask(Order::Stored {
-            id: id.into(),
-            name: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            blob,
-            install: Install::Auto,
-            manifest: Some(br#"{"allow_removed_labels":true}"#.to_vec()),
-            signature: None,
-            accept_slower: self.slower,
-        })?;
-        self.until_done(id, epoch)?;
-        let new = |r: &&Outcome| r.epoch > epoch;
-        let first = self.results.iter().filter_map(|c| c.iter().find(new)).map(|r| r.at).min();
-        self.updates.extend(first.map(|at| (at - commanded).as_secs_f64() * 1e3));
-        Ok(())
-    }
-
-    fn roll_back(&mut self, id: &str) -> anyhow::Result<()> {
-        let epoch = self.epoch();
-        self.ask(Order::Rollback { id: id.into(), to: None })?;
-        self.until_done(id, epoch)
-    }
-}
-
 fn report(
     updates: Vec<f64>,
-    results: &[Vec<Outcome>],
+    results: &[Vec<Seen>],
     unaccounted: u64,
     (early, end): (f64, f64),
 ) -> anyhow::Result<Report> {
     let (mut missing, mut doubled, mut back) = (0, 0, 0);
     let (mut swap, mut sham) = (Looks::default(), Looks::default());
-    let mut all: Vec<Instant> = results.iter().flatten().map(|r| r.at).collect();
+    let mut all: Vec<Duration> = results.iter().flatten().map(|r| r.at).collect();
     all.sort_unstable();
     for camera in results {
         for pair in camera.windows(2) {
@@ -294,12 +165,12 @@ fn report(
             if b.epoch > a.epoch {
                 swap.look(camera, &all, b.at);
                 // Between this window's end and the next swap, at a moment that nobody chose.
-                let jitter = Duration::from_millis(u64::from(b.at.elapsed().subsec_nanos() % 300));
+                let jitter = Duration::from_millis(u64::from(b.at.subsec_nanos() % 300));
                 sham.look(camera, &all, b.at + MARGIN * 3 - jitter);
             }
         }
     }
-    let inference = results.iter().flatten().map(|r| r.inference.as_secs_f64() * 1e3);
+    let inference = results.iter().flatten().map(|r| f64::from(r.inference_ms));
     let changes = swap.gaps.len() / results.len();
     let (swap, sham) = (swap.sum_up()?, sham.sum_up()?);
     Ok(Report {
@@ -320,7 +191,7 @@ fn report(
     })
 }
 
-fn missing_between(a: &Outcome, b: &Outcome) -> u64 {
+fn missing_between(a: &Seen, b: &Seen) -> u64 {
     b.frame.saturating_sub(a.frame + 1)
 }
 
@@ -334,9 +205,9 @@ struct Looks {
 
 impl Looks {
     /// Pairs of results whose second lies within [`MARGIN`] of `at`; `all` = of all cameras.
-    fn look(&mut self, camera: &[Outcome], all: &[Instant], at: Instant) {
-        let inside = |t: Instant| t + MARGIN >= at && t <= at + MARGIN;
-        let ms = |a: Instant, b: Instant| (b - a).as_secs_f64() * 1e3;
+    fn look(&mut self, camera: &[Seen], all: &[Duration], at: Duration) {
+        let inside = |t: Duration| t + MARGIN >= at && t <= at + MARGIN;
+        let ms = |a: Duration, b: Duration| b.saturating_sub(a).as_secs_f64() * 1e3;
         let pairs: Vec<_> = camera.windows(2).filter(|pair| inside(pair[1].at)).collect();
         let gaps = pairs.iter().map(|pair| ms(pair[0].at, pair[1].at));
         self.gaps.extend(gaps.max_by(f64::total_cmp));

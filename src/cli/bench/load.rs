@@ -1,0 +1,236 @@
+//! `noblink bench load`: as many cameras as are asked for, over real RTSP, and the whole service:
+//! frames a second, from arrival to event, who gets how much, what a frame costs. With `--update`
+//! also what an update does to all that, from its command to the end of its job.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use serde::Serialize;
+
+use super::cameras::{self, Cameras};
+use super::service::{Seen, Service, Spread};
+use crate::records::rounded;
+use crate::update::job::Ratio;
+use crate::{assets, demo, host};
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    /// How many cameras
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cameras: u32,
+    /// What they send, an H.264 mp4 file; a demo clip when left out
+    #[arg(long, value_name = "FILE")]
+    clip: Option<PathBuf>,
+    /// Their frames a second
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=120))]
+    fps: u32,
+    /// Their size
+    #[arg(long, default_value = "1280x720", value_parser = size)]
+    size: (u32, u32),
+    /// The ONNX file; the demo's model when left out
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Seconds to measure
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(5..=3600))]
+    seconds: u32,
+    /// Update to this model and back, over and over, for as long again
+    #[arg(long, value_name = "FILE", requires = "model")]
+    update: Option<PathBuf>,
+    /// Lines of TOML under `[inference]`
+    #[arg(long, value_name = "TOML", default_value = "")]
+    inference: String,
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+fn size(text: &str) -> Result<(u32, u32), String> {
+    let parsed = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    parsed.filter(|(w, h)| *w >= 16 && *h >= 16).ok_or_else(|| "such as 1280x720".to_owned())
+}
+
+/// What was measured. The cameras are a process of their own and cost nothing here.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    model: String,
+    cameras: u32,
+    size: String,
+    fps: u32,
+    /// From the service's start (its broker among it) to the first result.
+    first_result_ms: f64,
+    steady: Phase,
+    /// Jain's index of the cameras' results: 1 = all alike.
+    fairness: f64,
+    cpu_ms_per_decoded: f64,
+    cpu_ms_per_inferred: f64,
+    frames_unaccounted: u64,
+    update: Option<Update>,
+}
+
+#[derive(Debug, Serialize)]
+struct Phase {
+    seconds: f64,
+    frames_per_s: f64,
+    /// Of the model alone.
+    inference_ms: Spread,
+    /// From a frame's arrival to its event.
+    latency_ms: Spread,
+}
+
+#[derive(Debug, Serialize)]
+struct Update {
+    updates: u32,
+    /// From the commands to the end of the jobs.
+    during: Phase,
+    /// Between two jobs.
+    between: Phase,
+    frames_per_s_ratio: f64,
+    p99_ratio: f64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, cameras, size, fps, .. } = self;
+        writeln!(f, "{model}, {cameras} cameras of {size} at {fps} frames a second\n")?;
+        writeln!(f, "first result after {:.0} ms\n", self.first_result_ms)?;
+        let mut phases = vec![("steady", &self.steady)];
+        if let Some(update) = &self.update {
+            phases.extend([("between updates", &update.between), ("during", &update.during)]);
+        }
+        writeln!(
+            f,
+            "{:<18}{:>9}{:>12}{:>12}{:>13}{:>9}{:>9}",
+            "", "seconds", "frames/s", "model, ms", "latency p50", "p99", "max"
+        )?;
+        for (name, p) in phases {
+            writeln!(
+                f,
+                "{name:<18}{:>9.1}{:>12.2}{:>12.2}{:>13.2}{:>9.2}{:>9.2}",
+                p.seconds,
+                p.frames_per_s,
+                p.inference_ms.p50,
+                p.latency_ms.p50,
+                p.latency_ms.p99,
+                p.latency_ms.max
+            )?;
+        }
+        if let Some(u) = &self.update {
+            writeln!(
+                f,
+                "\n{} updates: {:.3} of the frames, {:.2} times the p99 latency",
+                u.updates, u.frames_per_s_ratio, u.p99_ratio
+            )?;
+        }
+        writeln!(
+            f,
+            "\nCPU a frame {:.2} ms decoded, {:.2} ms inferred; fairness {:.4}",
+            self.cpu_ms_per_decoded, self.cpu_ms_per_inferred, self.fairness
+        )?;
+        write!(f, "frames unaccounted for {}", self.frames_unaccounted)
+    }
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
+    gst::init().context("GStreamer can't be initialised")?;
+    let clip = match &args.clip {
+        Some(clip) => clip.clone(),
+        None => assets::find("models/clips/line-a.mp4").map_err(|e| anyhow!(e))?,
+    };
+    let made = std::env::temp_dir().join(format!("noblink-load-{}.mp4", std::process::id()));
+    cameras::transcode(&clip, args.size, args.fps, &made)?;
+    let cameras = Cameras::start(&made, args.cameras);
+    let _ = std::fs::remove_file(&made);
+    let cameras = cameras?;
+    let mut service = Service::start(&demo::Options {
+        model: args.model.clone(),
+        urls: cameras.urls.clone(),
+        inference: args.inference.clone(),
+        ..demo::Options::default()
+    })?;
+    let first = service.settle()?;
+    let decoded = |service: &Service| -> u64 {
+        service.demo.app.snapshot().cameras.iter().map(|c| c.lane.ledger.decoded).sum()
+    };
+    let (cpu_s, decoded_before, from) = (host::cpu_seconds(), decoded(&service), service.now());
+    service.run_for(Duration::from_secs(args.seconds.into()));
+    let (cpu_s, decoded) = (host::cpu_seconds() - cpu_s, decoded(&service) - decoded_before);
+    let steady = Span { from, to: service.now() };
+    let shares: Vec<_> =
+        service.results.iter().map(|camera| steady.of(camera).count() as f64).collect();
+    let inferred: f64 = shares.iter().sum();
+
+    let mut during = Vec::new();
+    let mut between = Vec::new();
+    if let (Some(model), Some(update)) = (&args.model, &args.update) {
+        let end = service.now() + Duration::from_secs(args.seconds.into());
+        let slower = Ratio::of(1000.0);
+        while service.now() < end || during.len() < 2 {
+            let to = [update, model][during.len() % 2];
+            let from = service.now();
+            service.install(&format!("update-{}", during.len()), to, slower)?;
+            let to = service.now();
+            during.push(Span { from, to });
+            service.run_for((to - from).max(Duration::from_secs(1)));
+            between.push(Span { from: to, to: service.now() });
+        }
+    }
+    let identity = service.demo.app.snapshot().live.map(|live| live.model.identity().clone());
+    let identity = identity.context("no model runs")?;
+    let (results, last) = service.stop();
+    let update = (!during.is_empty())
+        .then(|| {
+            let (during, between, updates) =
+                (phase(&during, &results)?, phase(&between, &results)?, during.len() as u32);
+            anyhow::Ok(Update {
+                updates,
+                frames_per_s_ratio: rounded(during.frames_per_s / between.frames_per_s, 3),
+                p99_ratio: rounded(during.latency_ms.p99 / between.latency_ms.p99, 3),
+                during,
+                between,
+            })
+        })
+        .transpose()?;
+    let squares: f64 = shares.iter().map(|n| n * n).sum();
+    Ok(Report {
+        model: format!("{} {}", identity.id, identity.version),
+        cameras: args.cameras,
+        size: format!("{}x{}", args.size.0, args.size.1),
+        fps: args.fps,
+        first_result_ms: rounded(first.as_secs_f64() * 1e3, 1),
+        steady: phase(&[steady], &results)?,
+        fairness: rounded(inferred * inferred / (shares.len() as f64 * squares), 4),
+        cpu_ms_per_decoded: rounded(cpu_s * 1e3 / decoded as f64, 3),
+        cpu_ms_per_inferred: rounded(cpu_s * 1e3 / inferred, 3),
+        frames_unaccounted: last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum(),
+        update,
+    })
+}
+
+/// A time of the run.
+struct Span {
+    from: Duration,
+    to: Duration,
+}
+
+impl Span {
+    fn of<'r>(&self, results: &'r [Seen]) -> impl Iterator<Item = &'r Seen> + use<'r> {
+        let from = results.partition_point(|r| r.at < self.from);
+        let to = results.partition_point(|r| r.at < self.to);
+        results[from..to].iter()
+    }
+}
+
+fn phase(spans: &[Span], results: &[Vec<Seen>]) -> anyhow::Result<Phase> {
+    let seconds: f64 = spans.iter().map(|s| (s.to - s.from).as_secs_f64()).sum();
+    let seen: Vec<_> =
+        spans.iter().flat_map(|s| results.iter().flat_map(|camera| s.of(camera))).collect();
+    let spread = |ms: fn(&Seen) -> f32| Spread::of(seen.iter().map(|r| ms(r).into()).collect());
+    Ok(Phase {
+        seconds: rounded(seconds, 1),
+        frames_per_s: rounded(seen.len() as f64 / seconds, 2),
+        inference_ms: spread(|r| r.inference_ms)?,
+        latency_ms: spread(|r| r.total_ms)?,
+    })
+}
