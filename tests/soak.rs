@@ -20,6 +20,7 @@ use harness::mosquitto::Mosquitto;
 use harness::onnx::{Detector, Output};
 use harness::outage::outages;
 use harness::overload::{Codec, ONE_FAST_FIVE_SLOW, Run, Sender};
+use harness::restarts;
 use harness::secs;
 use harness::service::noblink_output;
 use harness::until;
@@ -108,6 +109,11 @@ fn swaps_to_a_slower_model_and_another_layout() {
 fn a_service_that_is_killed_at_random_moments() {
     let kills = std::env::var("SOAK_KILLS").map_or(200, |n| n.parse().expect("a number of kills"));
     at_random(kills, 0x9e37_79b9_7f4a_7c15);
+}
+
+#[test]
+fn a_hundred_restarts_under_load() {
+    restarts::under_load(100, 0x5851_f42d_4c95_7f2d);
 }
 
 #[test]

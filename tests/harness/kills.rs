@@ -50,10 +50,10 @@ fn first_record(line: &mut Line) -> Value {
     serde_json::from_str(&first.unwrap().payload).unwrap()
 }
 
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
+    pub fn below(&mut self, n: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

@@ -13,6 +13,7 @@ pub mod overload;
 pub mod peer;
 pub mod pki;
 pub mod relay;
+pub mod restarts;
 pub mod rtsp_relay;
 pub mod schema;
 pub mod service;
