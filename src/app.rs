@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use crossbeam_channel::{Receiver, Select};
 use tracing::{error, info, warn};
 
@@ -246,16 +246,22 @@ impl App {
     }
 
     /// Ticks once a second, and when there is something to do, until a signal asks for something.
-    pub fn run(&mut self, signals: &Signals) -> Asked {
+    ///
+    /// # Errors
+    /// Only a new process helps.
+    pub fn run(&mut self, signals: &Signals) -> anyhow::Result<Asked> {
         loop {
             let mut wake = Select::new();
             wake.recv(signals.bell());
             wake.recv(&self.commands);
             let _ = wake.ready_timeout(Duration::from_secs(1));
             if let Some(asked) = signals.asked() {
-                return asked;
+                return Ok(asked);
             }
             self.tick();
+            if let Some(why) = self.fleet.beyond_repair() {
+                bail!(why);
+            }
         }
     }
 

@@ -22,6 +22,8 @@ use crate::switches::Switches;
 /// How often it is looked whether the supervisors' hearts beat: not more often, so that a process
 /// that was stopped for a while does not find all of them still.
 const LOOK_EVERY: Duration = Duration::from_millis(900);
+/// Threads that hang, each with what it holds, that the process lives with.
+const LEAKED_MAX: u64 = 8;
 /// After so many looks without a beat a supervisor is stuck; the slowest beats within 3 s.
 const STUCK_AFTER: u32 = 10;
 
@@ -245,6 +247,25 @@ impl Fleet {
         }
     }
 
+    /// Why only a new process helps: more threads than that hang for good.
+    pub fn beyond_repair(&self) -> Option<String> {
+        let leaked = |m: &Member| {
+            let status = m.camera.status();
+            status.leaked_pipelines + status.leaked_supervisors
+        };
+        let total: u64 = self.members.iter().map(leaked).sum();
+        let with_some = self.members.iter().filter(|m| leaked(m) > 0);
+        let cameras: Vec<_> =
+            with_some.map(|m| format!("{} {}", m.settings.id, leaked(m))).collect();
+        (total > LEAKED_MAX).then(|| {
+            format!(
+                "{total} threads hang and were left behind, more than {LEAKED_MAX} (by camera: {}): \
+                 the process ends, to be started again",
+                cameras.join(", ")
+            )
+        })
+    }
+
     /// Ends all supervisors; what they said last stays in the snapshot.
     pub fn stop(&mut self) {
         self.members.iter_mut().for_each(|m| m.end(None));
@@ -303,6 +324,10 @@ mod tests {
         let gate = &fleet.snapshot()[0];
         assert_eq!(gate.status.leaked_supervisors, 1);
         assert!(gate.lane.ledger.is_exact());
+        assert_eq!(fleet.beyond_repair(), None);
+        fleet.members[0].camera.leak(LEAKED_MAX);
+        let why = fleet.beyond_repair().expect("nine are too many");
+        assert!(why.starts_with("9 threads") && why.contains("gate 9"), "{why}");
         fleet.stop();
     }
 }

@@ -114,20 +114,33 @@ impl RtspServer {
     /// 720p are some 2 MB) and sent as it is, at its own pace.
     pub fn mount_clip(&self, path: &str, file: &Path, repeat: bool) -> anyhow::Result<()> {
         let clip = Arc::new(Clip::read(file)?);
-        let factory = RTSPMediaFactory::new();
         // clocksync paces what appsrc would hand out at once; two access units wait before it.
-        factory.set_launch(
-            "( appsrc name=clip is-live=true format=time max-buffers=2 max-bytes=0 \
-               ! h264parse config-interval=-1 ! clocksync \
-               ! rtph264pay name=pay0 pt=96 config-interval=-1 )",
-        );
-        factory.connect_media_configure(move |_, media| {
-            let source = media.element().downcast::<gst::Bin>().ok();
-            let source = source.and_then(|bin| bin.by_name("clip"));
-            let source = source.and_then(|e| e.downcast::<gst_app::AppSrc>().ok());
-            let Some(source) = source else { return };
+        let launch = "appsrc name=source is-live=true format=time max-buffers=2 max-bytes=0 \
+                      ! h264parse config-interval=-1 ! clocksync \
+                      ! rtph264pay name=pay0 pt=96 config-interval=-1";
+        self.mount_source(path, launch, move |source| {
             source.set_caps(Some(&clip.caps));
             source.set_callbacks(clip.play(repeat));
+        })
+    }
+
+    /// Serves a launch text whose `appsrc`, named `source`, is set up by `configure`, anew for every
+    /// pipeline.
+    pub fn mount_source(
+        &self,
+        path: &str,
+        launch: &str,
+        configure: impl Fn(&gst_app::AppSrc) + Send + Sync + 'static,
+    ) -> anyhow::Result<()> {
+        let factory = RTSPMediaFactory::new();
+        factory.set_launch(&format!("( {launch} )"));
+        factory.connect_media_configure(move |_, media| {
+            let source = media.element().downcast::<gst::Bin>().ok();
+            let source = source.and_then(|bin| bin.by_name("source"));
+            let source = source.and_then(|e| e.downcast::<gst_app::AppSrc>().ok());
+            if let Some(source) = source {
+                configure(&source);
+            }
         });
         self.mount(path, factory)
     }

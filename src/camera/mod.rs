@@ -108,6 +108,12 @@ impl Camera {
         Ok(Self { shared, bell, over, thread: Some(thread) })
     }
 
+    /// As many more threads that were left behind.
+    #[cfg(test)]
+    pub(crate) fn leak(&self, threads: u64) {
+        (0..threads).for_each(|_| self.shared.left_behind());
+    }
+
     /// A camera whose supervisor does nothing until it is asked to end, and not even then.
     #[cfg(test)]
     pub(crate) fn stuck() -> Self {

@@ -21,9 +21,13 @@ pub(super) fn run(args: Args) -> Outcome {
     }
     let signals = Signals::with_reload()?;
     let mut app = App::start(config)?;
-    while app.run(&signals) == Asked::Reload {
-        app.reload(Config::load(&args.config));
-    }
+    let end = loop {
+        match app.run(&signals) {
+            Ok(Asked::Reload) => app.reload(Config::load(&args.config)),
+            Ok(Asked::Stop) => break Ok(()),
+            Err(e) => break Err::<(), _>(e),
+        }
+    };
     app.stop();
-    Ok(())
+    Ok(end?)
 }

@@ -2,6 +2,7 @@
 
 pub mod camera;
 pub mod camera_faults;
+pub mod glass;
 pub mod http;
 pub mod kills;
 pub mod line;
