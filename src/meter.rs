@@ -81,6 +81,8 @@ pub struct Outcome {
     pub epoch: u64,
     /// How long the model ran.
     pub inference: Duration,
+    /// From its turn to its record.
+    pub work: Duration,
 }
 
 /// A histogram since the start, for whoever computes rates from it.
@@ -219,7 +221,8 @@ impl Meter {
             camera.results.pop_front();
         }
         let at = Instant::now();
-        camera.results.push_back(Outcome { at, frame, epoch, inference: timing.inference });
+        let (inference, work) = (timing.inference, total.saturating_sub(timing.queue));
+        camera.results.push_back(Outcome { at, frame, epoch, inference, work });
     }
 
     /// Histograms since the start.

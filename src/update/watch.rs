@@ -139,6 +139,7 @@ mod tests {
             frame: i,
             epoch,
             inference: Duration::from_millis(inference_ms),
+            work: Duration::from_millis(inference_ms),
         };
         vec![(0..count).map(one).collect()]
     }
