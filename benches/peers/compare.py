@@ -145,7 +145,7 @@ def measure(args, clip):
     for name, modules in WANTED.items():
         gone = [m for m in modules if importlib.util.find_spec(m) is None]
         if gone:
-            missing[name] = f"{sys.executable} has no {', '.join(gone)} (PYTHON=… make bench)"
+            missing[name] = f"this Python has no {', '.join(gone)} (PYTHON=… make bench)"
     for number in range(args.rounds):
         names = [n for n in found if n not in missing]
         first = number % len(names)
@@ -153,13 +153,14 @@ def measure(args, clip):
             try:
                 figures = found[name]()
             except (NotMeasured, subprocess.TimeoutExpired) as why:
-                missing[name] = str(why)
+                missing[name] = str(why).replace(f"{ROOT}/", "").rstrip(".")
                 rounds.pop(name, None)
                 print(f"  {name}: NOT MEASURED, {why}", flush=True)
                 continue
             rounds.setdefault(name, []).append(figures)
             speed = f"{figures['frames_per_s']:7.2f} frames/s, " if "frames_per_s" in figures else ""
-            print(f"  round {number + 1}  {name:<24}{speed}{figures['cpu_ms_per_frame']:7.2f} ms of CPU a frame", flush=True)
+            cpu = figures["cpu_ms_per_frame"]
+            print(f"  round {number + 1}  {name:<24}{speed}{cpu:7.2f} ms of CPU a frame", flush=True)
     return rounds, missing
 
 
@@ -224,16 +225,20 @@ def machine(args, rounds):
 
 def markdown(result, figure):
     m = result["machine"]
-    lines = [f"{m['date']}, {m['cpu']}; load before: {m['load_before']}. {', '.join(f'{k} {v}' for k, v in m['versions'].items())}.",
-             f"`{result['model']}` on `{result['clip']}`, {result['rounds']} rounds of {result['frames']} frames in turns; medians.", "",
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    lines = [f"{m['date']}, {m['cpu']}; load before: {m['load_before']}. {versions}.",
+             f"`{result['model']}` on `{result['clip']}`, {result['rounds']} rounds of {result['frames']} frames "
+             "in turns; medians.", "",
              "| | frames/s | CPU a frame, ms | latency p50, ms | p99, ms | memory, MB |", "|---|---|---|---|---|---|"]
     for name, runs in result["runs"].items():
         cells = [median_of(runs, "frames_per_s"), median_of(runs, "cpu_ms_per_frame"),
                  median_of(runs, "latency_ms", "p50"), median_of(runs, "latency_ms", "p99"), median_of(runs, "rss_mb")]
         lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.1f}" for c in cells) + " |")
-    lines += ["", "| ratio | median | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {text} | {middle:.3f} | {low:.3f} to {high:.3f} |" for text, middle, low, high in result["ratios"]]
-    lines += [""] + [f"NOT MEASURED: {name}: {why}." for name, why in result["not_measured"].items()]
+    if result["ratios"]:
+        lines += ["", "| ratio | median | 95 % interval |", "|---|---|---|"]
+        lines += [f"| {text} | {middle:.3f} | {low:.3f} to {high:.3f} |" for text, middle, low, high in result["ratios"]]
+    if result["not_measured"]:
+        lines += [""] + [f"* NOT MEASURED: {name}: {why}." for name, why in result["not_measured"].items()]
     return "\n".join([*lines, "", f"![Frames a second, and CPU time a frame]({figure})"])
 
 
@@ -278,7 +283,8 @@ def main():
     result = {"machine": machine(args, rounds), "model": args.model.name, "clip": clip.name, "rounds": args.rounds,
               "frames": args.frames, "runs": rounds, "ratios": compare(rounds), "not_measured": missing}
     (OUT / "peers.json").write_text(json.dumps(result, indent=1))
-    bars = [(name, *(median_of(runs, key) for key in ("frames_per_s", "cpu_ms_per_frame"))) for name, runs in rounds.items()]
+    bars = [(name, median_of(runs, "frames_per_s"), median_of(runs, "cpu_ms_per_frame"))
+            for name, runs in rounds.items()]
     text = markdown(result, "peers.svg")
     (OUT / "peers.svg").write_text(plot(bars))
     (OUT / "peers.md").write_text(text + "\n")

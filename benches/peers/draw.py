@@ -23,6 +23,7 @@ def plot(bars):
             if value is not None:
                 long = BAR * value / most
                 color = OURS if bar[0].startswith("noblink") else OTHERS
-                parts.append(f'<rect x="{left}" y="{top}" width="{long:.1f}" height="{ROW - 7}" rx="2" fill="{color}"/>')
+                parts.append(f'<rect x="{left}" y="{top}" width="{long:.1f}" height="{ROW - 7}" '
+                             f'rx="2" fill="{color}"/>')
                 parts.append(f'<text x="{left + long + 6:.1f}" y="{top + 15}">{value:.1f}</text>')
     return "\n".join([*parts, "</svg>", ""])

@@ -31,5 +31,8 @@ if args.model.endswith(".onnx"):
     versions["onnxruntime"] = onnxruntime.__version__
 else:
     import openvino
-    versions["openvino"] = openvino.__version__.split("-")[0]
+    compiled = model.predictor.model.backend.ov_compiled_model
+    # It takes bf16 by itself where the CPU has it.
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    versions["openvino"] = f"{openvino.__version__.split('-')[0]} ({precision})"
 window.tell(versions=versions)
