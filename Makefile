@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench-swap deb demo build test lint setup setup-tests soak fuzz
+.PHONY: bench bench-swap deb demo build test lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -34,6 +34,13 @@ setup:
 setup-tests:
 	@scripts/setup --tests
 
+# noblink beside what a user would otherwise run, and beside bare runs and decoding: in turns, on one
+# clip, some ten minutes. PYTHON names an interpreter with benches/peers/requirements.txt; MODEL, INT8
+# (the same network) and CLIP other files. ARGS="--rounds 1 --frames 100" for a look; ARGS=--docs
+# writes the result into docs/.
+bench: build
+	$(or $(PYTHON),python3) benches/peers/compare.py $(MODEL:%=--model %) $(INT8:%=--int8 %) $(CLIP:%=--clip %) $(ARGS)
+
 # 500 swaps with what they do to the results, half an hour; SWAPS=50 for a look. Beside it the usual
 # Python way, if PYTHON names an interpreter that has ultralytics.
 SWAPS ?= 500
@@ -42,7 +49,7 @@ bench-swap: build
 	target/release/noblink bench swap $(CLIPS:%=--clip %) --swaps $(SWAPS) --updates 20
 	@if [ -n "$(PYTHON)" ]; then \
 	  echo; echo "Ultralytics, the same cameras and models:"; \
-	  $(PYTHON) tests/peers/ultralytics_swap.py --clip $(CLIPS); \
+	  $(PYTHON) benches/peers/ultralytics_swap.py --clip $(CLIPS); \
 	else \
 	  echo "NOT MEASURED: the usual Python way (PYTHON=… make bench-swap, with ultralytics installed)"; \
 	fi

@@ -1,12 +1,15 @@
 """Makes everything in this folder from nothing: python models/make.py all
 
-Steps, in order: draw, train, clips, calibration, evaluate, pictures. Each can be run alone;
-`train v2` trains one model. Drawn pictures and weights are kept in models/.cache.
+Steps, in order: draw, train, quantize, clips, calibration, evaluate, pictures. Each can be run
+alone; `train v2` trains one model. Drawn pictures are kept in models/.cache.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -20,6 +23,9 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
 DRAWN = 4000
 WIDTHS = (320, 416)
+INT8 = "v2-int8"
+RANGES = 300  # training pictures that tell the ranges of its tensors
+LABELLED = 500  # held-out pictures that it is measured on: as many as noblink's gate takes
 
 # classes, height, width, height of the canvas for most of the training, seed, steps, pictures, set
 MODELS = {
@@ -57,8 +63,17 @@ def train_models(names):
         print(f"{name}: trained in {(time.time() - start) / 60:.1f} min")
 
 
+def quantize(_):
+    """v2 in int8, by the recipe that is there for any export."""
+    ranges, labelled = CACHE / "ranges", CACHE / "labelled"
+    calibration.gather(ranges, (dataset.draw("train", i, *dataset.picture_size(i)) for i in range(RANGES)))
+    calibration.gather(labelled, islice(evaluate.heldout(CACHE), LABELLED))
+    subprocess.run([sys.executable, HERE / "quantize.py", model_path("v2"), model_path(INT8),
+                    "--calibration", ranges, "--heldout", labelled], check=True)
+
+
 def evaluate_models(names):
-    names = names or list(MODELS)
+    names = names or [*MODELS, INT8]
     models = [Model(model_path(n)) for n in names]
     report = {}
     for name, model in zip(names, models):
@@ -96,14 +111,14 @@ def make_pictures(_):
     pictures.write(HERE)
 
 
-STEPS = {"draw": draw, "train": train_models, "clips": make_clips, "calibration": make_calibration,
-         "evaluate": evaluate_models, "pictures": make_pictures}
+STEPS = {"draw": draw, "train": train_models, "quantize": quantize, "clips": make_clips,
+         "calibration": make_calibration, "evaluate": evaluate_models, "pictures": make_pictures}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=["all", *STEPS])
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []],
+    parser.add_argument("models", nargs="*", choices=[*MODELS, INT8, []],
                         help="train and evaluate: only these")
     args = parser.parse_args()
     cv2.setNumThreads(1)  # the drawing runs in processes of its own

@@ -81,6 +81,8 @@ pub struct Outcome {
     pub epoch: u64,
     /// How long the model ran.
     pub inference: Duration,
+    /// From the frame's arrival to its turn.
+    pub queue: Duration,
     /// From the frame's arrival to its record.
     pub total: Duration,
 }
@@ -221,8 +223,8 @@ impl Meter {
             camera.results.pop_front();
         }
         let at = Instant::now();
-        let inference = timing.inference;
-        camera.results.push_back(Outcome { at, frame, epoch, inference, total });
+        let (queue, inference) = (timing.queue, timing.inference);
+        camera.results.push_back(Outcome { at, frame, epoch, inference, queue, total });
     }
 
     /// Histograms since the start.

@@ -146,6 +146,9 @@ fn bench_pipeline_measures_every_stage() {
         assert!(json["stages_ms"][key].as_f64() > Some(0.0), "{key}: {json}");
     }
     assert!(json["frames_per_s"].as_f64() > Some(0.0) && json["cpu_ms_per_frame"].is_number());
+    let latency = |quantile: &str| json["latency_ms"][quantile].as_f64();
+    assert!(latency("p50") > Some(0.0) && latency("p50") <= latency("p99"), "{json}");
+    assert!(json["rss_mb"].as_f64() > Some(10.0), "{json}");
 }
 
 #[test]

@@ -145,6 +145,32 @@ fn plates_2_passes_against_plates_1_and_plates_3_does_not_against_2() {
     assert!(gate(&outcome.gates, "calibration").message.contains("\"scratch\""));
 }
 
+/// What `models/quantize.py` made of plates 2: other nodes, the same contract, the same findings.
+#[test]
+fn plates_2_in_int8_is_an_update_of_plates_2() {
+    let path = |name: &str| shipped(&format!("models/{name}.onnx"));
+    let read = |name: &str| {
+        ModelFile::read(&path(name), &Overrides::default(), &[]).expect("noblink can run it")
+    };
+    let (float, int8) = (read("plates-v2"), read("plates-v2-int8"));
+    assert_eq!(int8.scan.metadata("noblink.parent"), Some(&*float.identity.sha256), "made anew?");
+    assert_eq!(int8.identity.id, float.identity.id);
+    assert_ne!(int8.identity.version, float.identity.version);
+    assert_eq!(int8.contract, float.contract);
+    let Content { gates, file } = content(int8.bytes, Some(&float.contract.labels), false);
+    file.expect("QuantizeLinear and DequantizeLinear are ordinary operators");
+    assert!(gates.iter().all(|g| g.verdict == Verdict::Passed), "{gates:#?}");
+
+    let mut request = request(&path("plates-v2-int8"), &path("plates-v2"));
+    request.calibration = Some(Calibration::of(shipped("models/calibration")));
+    let outcome = prove(&request);
+    assert_eq!(outcome.end, End::Accepted { ask: None }, "{:#?}", outcome.gates);
+    let numbers = &gate(&outcome.gates, "calibration").numbers;
+    let ap50 = |who: &str| numbers[who]["ap50"].as_f64().expect("a number");
+    assert!(ap50("candidate") > ap50("active") - 0.01, "{numbers}");
+    println!("{}", gate(&outcome.gates, "latency").message);
+}
+
 #[test]
 fn live_frames_are_compared_and_a_blind_model_asks() {
     let site = Site::new();

@@ -123,6 +123,7 @@ mod tests {
             frame: i as u64,
             epoch: if i < epoch_from { 1 } else { 2 },
             inference: Duration::from_millis(i as u64),
+            queue: Duration::ZERO,
             total: Duration::ZERO,
         };
         times_ms.iter().enumerate().map(one).collect()

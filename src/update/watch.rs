@@ -139,6 +139,7 @@ mod tests {
             frame: i,
             epoch,
             inference: Duration::from_millis(inference_ms),
+            queue: Duration::ZERO,
             total: Duration::ZERO,
         };
         vec![(0..count).map(one).collect()]

@@ -10,13 +10,14 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 
 use crate::app::OUTBOX;
 use crate::camera::source::Source;
 use crate::camera::{Camera, State};
 use crate::config::{self, Inference, Provider, Publish};
+use crate::host::Host;
 use crate::meter::Meter;
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
@@ -26,7 +27,7 @@ use crate::mqtt::outbox::Outbox;
 use crate::mqtt::topics::Topics;
 use crate::preview::Previews;
 use crate::queue::{self, Drop, Intake};
-use crate::records::{Stages, rounded};
+use crate::records::{Quantiles, Stages, rounded};
 use crate::worker::{Origin, Pulse, Worker};
 use crate::{affinity, assets, host};
 
@@ -70,6 +71,10 @@ pub(super) struct Report {
     /// Beside decoding.
     run_cpu_ms: f64,
     stages_ms: BenchStages,
+    /// From a frame's turn to its record. How long it waited is left out: the clip is played as
+    /// fast as it goes, so the queue is always full. Of the last 3600 frames.
+    latency_ms: Quantiles,
+    rss_mb: f64,
 }
 
 /// Means: CPU time for `decode`, which goes on beside the rest, wall time for the others.
@@ -98,7 +103,9 @@ impl fmt::Display for Report {
         ] {
             writeln!(f, "{stage:<12}{ms:>9.3} ms")?;
         }
-        writeln!(f, "\nframes/s    {:>9.2}", self.frames_per_s)?;
+        let Quantiles { p50, p99, .. } = self.latency_ms;
+        writeln!(f, "\nlatency     {p50:>9.2} ms, {p99:.2} ms at the 99th percentile; no waiting")?;
+        writeln!(f, "frames/s    {:>9.2}", self.frames_per_s)?;
         writeln!(f, "CPU a frame {:>9.3} ms", self.cpu_ms_per_frame)?;
         write!(
             f,
@@ -150,6 +157,8 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     let (wall_s, cpu_s) = (wall.elapsed().as_secs_f64(), host::cpu_seconds() - cpu_s);
     let done = bench.intake.snapshot()[0].ledger.inferred - before;
     let window = bench.meter.take_window();
+    let results = bench.meter.results(wall).concat();
+    let rss_mb = Host::read(cpu_s, wall_s).rss_mb;
     bench.stop();
     // Before and after: a neighbour that comes or goes would be taken for what the rest costs.
     let bare_cpu_ms = (bare_before_ms + bare_runs(&source, &model)?) / 2.0;
@@ -172,7 +181,19 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
             decode: rounded(decode_cpu_ms, 3),
             worker: window.stages.context("no frame was inferred in the window")?,
         },
+        latency_ms: quantiles(results.iter().map(|r| r.total.saturating_sub(r.queue)).collect())?,
+        rss_mb,
     })
+}
+
+fn quantiles(mut times: Vec<Duration>) -> anyhow::Result<Quantiles> {
+    ensure!(!times.is_empty(), "no frame was inferred in the window");
+    times.sort_unstable();
+    let at = |q: f64| {
+        let time = times[((times.len() - 1) as f64 * q).round() as usize];
+        rounded(time.as_secs_f64() * 1e3, 2)
+    };
+    Ok(Quantiles { p50: at(0.5), p95: at(0.95), p99: at(0.99), max: at(1.0) })
 }
 
 /// CPU time of decoding one frame, with nothing else going on: there is no model, so the worker
