@@ -49,8 +49,6 @@ pub struct Options {
     pub story: bool,
     /// Another model than plates 1, without plates' calibration pictures.
     pub model: Option<PathBuf>,
-    /// Other H.264 mp4 files than the demo's two, a camera each.
-    pub clips: Vec<PathBuf>,
     /// Cameras that are there already, instead of the demo's.
     pub urls: Vec<String>,
     /// Lines under `[inference]`.
@@ -129,7 +127,7 @@ pub fn start(options: &Options) -> anyhow::Result<Demo> {
         None => (find("models/plates-v1.onnx")?, Some(find("models/calibration")?)),
     };
     let (server, urls) = match options.urls.as_slice() {
-        [] => cameras(&options.clips).map(|(server, urls)| (Some(server), urls))?,
+        [] => cameras().map(|(server, urls)| (Some(server), urls))?,
         urls => {
             (None, urls.iter().zip(1..).map(|(u, n)| (format!("camera-{n}"), u.clone())).collect())
         }
@@ -149,22 +147,15 @@ pub fn start(options: &Options) -> anyhow::Result<Demo> {
     Ok(Demo { app, camera_url, _cameras: server, updates, state })
 }
 
-/// Cameras that send clips: the demo's two when there are none; ids and addresses.
-fn cameras(clips: &[PathBuf]) -> anyhow::Result<(RtspServer, Vec<(String, String)>)> {
+/// The demo's two cameras; ids and addresses.
+fn cameras() -> anyhow::Result<(RtspServer, Vec<(String, String)>)> {
     let server = RtspServer::start(&rtsp::Settings::default())
         .context("the demo's cameras can't be started")?;
-    let mut sources = Vec::new();
-    for (clip, n) in clips.iter().zip(1..) {
-        sources.push((format!("clip-{n}"), clip.clone()));
-    }
-    for (id, clip) in CAMERAS.iter().filter(|_| clips.is_empty()) {
-        sources.push(((*id).to_owned(), find(&format!("models/clips/{clip}"))?));
-    }
     let mut urls = Vec::new();
-    for (id, clip) in sources {
+    for (id, clip) in CAMERAS {
         let path = format!("/{id}");
-        server.mount_clip(&path, &clip, true)?;
-        urls.push((id, server.url(&path)));
+        server.mount_clip(&path, &find(&format!("models/clips/{clip}"))?, true)?;
+        urls.push((id.to_owned(), server.url(&path)));
     }
     Ok((server, urls))
 }

@@ -11,18 +11,17 @@ use crate::rtsp::{self, RtspServer};
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
-    /// An H.264 mp4 file
-    clip: PathBuf,
-    /// How many cameras send it
-    count: u32,
+    /// H.264 mp4 files, a camera each
+    #[arg(required = true)]
+    clips: Vec<PathBuf>,
 }
 
 /// Serves until standard input ends, as it does with the parent.
 pub(super) fn serve(args: &Args) -> anyhow::Result<()> {
     let server = RtspServer::start(&rtsp::Settings::default())?;
-    for n in 0..args.count {
+    for (n, clip) in args.clips.iter().enumerate() {
         let path = format!("/{n}");
-        server.mount_clip(&path, &args.clip, true)?;
+        server.mount_clip(&path, clip, true)?;
         println!("{}", server.url(&path));
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;
@@ -37,19 +36,18 @@ pub(super) struct Cameras {
 }
 
 impl Cameras {
-    pub(super) fn start(clip: &Path, count: u32) -> anyhow::Result<Self> {
+    pub(super) fn start(clips: &[PathBuf]) -> anyhow::Result<Self> {
         let mut process = Command::new(std::env::current_exe()?)
             .args(["bench", "cameras"])
-            .arg(clip)
-            .arg(count.to_string())
+            .args(clips)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("the cameras' process can't be started")?;
         let lines = BufReader::new(process.stdout.take().context("it was asked for")?).lines();
-        let urls = lines.take(count as usize).collect::<Result<Vec<_>, _>>()?;
+        let urls = lines.take(clips.len()).collect::<Result<Vec<_>, _>>()?;
         let cameras = Self { process, urls };
-        if cameras.urls.len() < count as usize {
+        if cameras.urls.len() < clips.len() {
             bail!("the cameras' process has ended: see above");
         }
         Ok(cameras)

@@ -140,7 +140,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     };
     let made = std::env::temp_dir().join(format!("noblink-load-{}.mp4", std::process::id()));
     cameras::transcode(&clip, args.size, args.fps, &made)?;
-    let cameras = Cameras::start(&made, args.cameras);
+    let cameras = Cameras::start(&vec![made.clone(); args.cameras as usize]);
     let _ = std::fs::remove_file(&made);
     let cameras = cameras?;
     let mut service = Service::start(&demo::Options {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 
+use super::cameras::Cameras;
 use super::service::{Seen, Service, Spread};
 use crate::demo;
 use crate::host::Host;
@@ -108,7 +109,7 @@ impl fmt::Display for Report {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     let models: [PathBuf; 2] = match args.models.as_slice() {
-        [] => [shipped(1)?, shipped(2)?],
+        [] => [shipped("plates-v1.onnx")?, shipped("plates-v2.onnx")?],
         [first, second] => [first.clone(), second.clone()],
         other => bail!("--model is given {} times: name two models, or none", other.len()),
     };
@@ -116,9 +117,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         Some(r) => Some(Ratio::of(r).with_context(|| format!("--accept-slower {r}: 1 to 1000"))?),
         None => None,
     };
+    let clips = match args.clips.as_slice() {
+        [] => vec![shipped("clips/line-a.mp4")?, shipped("clips/line-b.mp4")?],
+        clips => clips.to_vec(),
+    };
+    let cameras = Cameras::start(&clips)?;
     let mut bench = Service::start(&demo::Options {
         model: args.models.first().cloned(),
-        clips: args.clips.clone(),
+        urls: cameras.urls.clone(),
         ..demo::Options::default()
     })?;
     bench.settle()?;
@@ -142,8 +148,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     report(updates, &results, unaccounted, (early, end))
 }
 
-fn shipped(version: u32) -> anyhow::Result<PathBuf> {
-    crate::assets::find(&format!("models/plates-v{version}.onnx")).map_err(|e| anyhow!(e))
+fn shipped(file: &str) -> anyhow::Result<PathBuf> {
+    crate::assets::find(&format!("models/{file}")).map_err(|e| anyhow!(e))
 }
 
 fn report(
