@@ -19,12 +19,13 @@ use tracing::{error, info, warn};
 use crate::camera::{CameraStatus, State};
 use crate::config::{self, Config, External, Invalid};
 use crate::control;
+use crate::counts::Counts;
 use crate::fleet::{Changes, Fleet};
 use crate::meter::Meter;
 use crate::model::engine::Model;
 use crate::model::runtime::Runtime;
 use crate::model::slot::Slot;
-use crate::mqtt::board::Board;
+use crate::mqtt::board::{Board, Picture};
 use crate::mqtt::link::Inbound;
 use crate::mqtt::outbox::{Bounds, Outbox};
 use crate::mqtt::spooler::{self, Spooler};
@@ -68,7 +69,7 @@ pub struct App {
     board: Arc<Board>,
     pulse: Arc<Pulse>,
     fleet: Fleet,
-    /// `cmd/cameras/…`
+    /// `cmd/cameras/…`.
     commands: Receiver<Inbound>,
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
@@ -78,6 +79,7 @@ pub struct App {
     telemeter: Telemeter,
     notifier: Notifier,
     said: Said,
+    counts: Counts,
 }
 
 /// What was published or logged last, so that only changes are.
@@ -117,7 +119,10 @@ impl App {
         let outbox = Arc::new(Outbox::new(OUTBOX));
         let feed = Arc::new(Feed::default());
         let board = Arc::new(Board::with_feed(Arc::clone(&feed), topics.root()));
-        let previews = Arc::new(Previews::start()?);
+        let (shown, shown_at) = (Arc::clone(&board), topics.clone());
+        let previews = Arc::new(Previews::start(move |camera, event, jpeg| {
+            shown.show(&shown_at.snapshot(camera), Picture { jpeg, event });
+        })?);
         let spool = spooler::Settings {
             dir: config.device.state_dir.clone(),
             max_bytes: config.outbox.max_bytes,
@@ -196,6 +201,7 @@ impl App {
             telemeter: Telemeter::default(),
             notifier: Notifier::default(),
             said: Said::default(),
+            counts: Counts::default(),
             config,
             origin,
             cores,
@@ -238,7 +244,7 @@ impl App {
         );
         let cameras = std::mem::take(&mut self.config.cameras);
         let started = self.fleet.apply(&cameras);
-        self.clear_status_of(&started.gone);
+        self.forget(&started.gone);
         match started.failed.first() {
             Some(why) => Err(anyhow!("{why}")),
             None => Ok(()),
@@ -276,7 +282,7 @@ impl App {
             list(removed)
         );
         failed.iter().for_each(|why| error!("{why}"));
-        self.clear_status_of(&gone);
+        self.forget(&gone);
         let others = self.config.differs_beside_cameras(&config);
         if !others.is_empty() {
             warn!("takes effect at the next start: {}", others.join(", "));
@@ -317,9 +323,11 @@ impl App {
     }
 
     /// A broker keeps what was retained until an empty message takes its place.
-    fn clear_status_of(&self, cameras: &[String]) {
+    fn forget(&mut self, cameras: &[String]) {
         for id in cameras {
             self.board.set(&self.topics.camera_status(id), Vec::new());
+            self.board.set(&self.topics.counts(id), Vec::new());
+            self.counts.forget(id);
         }
     }
 
@@ -332,6 +340,7 @@ impl App {
         let snapshot = self.snapshot();
         self.publish_status(&snapshot);
         self.publish_cameras(&snapshot);
+        self.counts.tell(&snapshot, &self.meter, &self.origin, &self.topics, &self.board);
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
             self.fleet.forget_removed();
@@ -430,7 +439,7 @@ impl App {
     fn publish_cameras(&mut self, snapshot: &Snapshot) {
         let told = |id: &String| snapshot.cameras.iter().any(|c| c.id == *id);
         let gone: Vec<_> = self.said.cameras.keys().filter(|id| !told(id)).cloned().collect();
-        self.clear_status_of(&gone);
+        self.forget(&gone);
         self.said.cameras.retain(|id, _| !gone.contains(id));
         for camera in &snapshot.cameras {
             let said = self.said.cameras.get(&camera.id);
@@ -527,7 +536,8 @@ fn warn_of_unknown_labels(fleet: &Fleet, model: &Model) {
     }
 }
 
-fn to_json(value: &impl serde::Serialize) -> Vec<u8> {
+/// What goes onto the wire.
+pub(crate) fn to_json(value: &impl serde::Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("numbers, strings and lists always become JSON")
 }
 

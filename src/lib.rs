@@ -11,6 +11,7 @@ pub mod camera;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod counts;
 pub mod demo;
 pub mod fleet;
 pub mod host;

@@ -84,6 +84,8 @@ pub struct Camera {
     pub confidence: Option<f32>,
     /// Records with objects a second at most.
     pub publish_max_hz: Option<f64>,
+    /// Least time between two pictures of its events, seconds; `None` = none is sent.
+    pub snapshot_interval_s: Option<f64>,
     /// Frames that may wait for the worker.
     pub queue: usize,
     /// Silence that counts as a stall, seconds.
@@ -364,6 +366,7 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
     let labels = s.strings("labels", "a list of labels of the model");
     let confidence = s.number("confidence", 0.01..=0.99, None);
     let publish_max_hz = s.number("publish_max_hz", 0.01..=240.0, None);
+    let snapshot_interval_s = s.number("snapshot_interval_s", 1.0..=3600.0, None);
     let queue = s.integer("queue", 1..=64, Some(4));
     let stall_timeout_s = s.number("stall_timeout_s", 1.0..=300.0, Some(5.0));
     let color = s.optional_choice("color", &[("bt601", Matrix::Bt601), ("bt709", Matrix::Bt709)]);
@@ -388,6 +391,7 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
         labels,
         confidence: confidence.map(|c| c as f32),
         publish_max_hz,
+        snapshot_interval_s,
         queue: queue? as usize,
         stall_timeout_s: stall_timeout_s?,
         color,

@@ -2,7 +2,7 @@
 //!
 //! A retained message stands here by its topic, the latest only; it is published when it changes,
 //! and with all the others after each connection, because a broker may have lost them. Telemetry
-//! goes out once, or not at all: it is worth nothing late.
+//! and pictures go out once, or not at all: they are worth nothing late.
 //!
 //! Filled by any thread, emptied by the link. Its size is the number of topics its callers use.
 
@@ -16,12 +16,21 @@ use crate::web::feed::Feed;
 /// A topic and what goes there.
 pub type Notice = (Arc<str>, Arc<[u8]>);
 
+/// A JPEG file, and the event that it shows.
+pub struct Picture {
+    /// The file.
+    pub jpeg: Vec<u8>,
+    /// `<boot>-<seq>` of the record.
+    pub event: String,
+}
+
 #[derive(Default)]
 struct State {
     retained: BTreeMap<Arc<str>, Arc<[u8]>>,
     /// Topics whose latest payload this connection has not carried.
     changed: BTreeSet<Arc<str>>,
     telemetry: BTreeMap<Arc<str>, Arc<[u8]>>,
+    pictures: BTreeMap<Arc<str>, Picture>,
     online: bool,
 }
 
@@ -78,6 +87,16 @@ impl Board {
         }
     }
 
+    /// Shows a picture once, at QoS 1; without a connection it is forgotten. The latest of a topic.
+    pub fn show(&self, topic: &Arc<str>, picture: Picture) {
+        let mut state = self.state();
+        if state.online {
+            state.pictures.insert(Arc::clone(topic), picture);
+            drop(state);
+            self.bell.notify_one();
+        }
+    }
+
     /// A connection stands: everything retained is to be published on it.
     pub fn online(&self) {
         let mut state = self.state();
@@ -91,6 +110,7 @@ impl Board {
         state.online = false;
         state.changed.clear();
         state.telemetry.clear();
+        state.pictures.clear();
     }
 
     /// Publishes `topic` once more: the broker could not take it just now.
@@ -117,6 +137,11 @@ impl Board {
     /// The next telemetry to publish.
     pub fn next_telemetry(&self) -> Option<Notice> {
         self.state().telemetry.pop_first()
+    }
+
+    /// The next picture to publish.
+    pub fn next_picture(&self) -> Option<(Arc<str>, Picture)> {
+        self.state().pictures.pop_first()
     }
 
     /// Whether this connection has carried all that is retained.

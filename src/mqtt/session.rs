@@ -40,6 +40,8 @@ enum Token {
     Loan(i64),
     /// A retained message of the board.
     Board(Arc<str>),
+    /// A picture: not sent again.
+    Picture,
     /// `online` or `offline`.
     Availability,
 }
@@ -189,12 +191,14 @@ impl<'a> Session<'a> {
         None
     }
 
-    /// Submits what the window has room for: state first, it is rare; then records; then telemetry.
+    /// Submits what the window has room for: state first, it is rare; then records; then
+    /// pictures and telemetry.
     fn pump(&mut self, now: Instant) {
         while self.has_room()
             && let Some((topic, payload)) = self.link.board.next_retained()
         {
-            match self.submit(&topic, payload.to_vec(), true, Token::Board(Arc::clone(&topic))) {
+            let sent = self.wire.publish(&topic, payload.to_vec(), true, self.packet_max);
+            match self.submit(&topic, sent, Token::Board(Arc::clone(&topic))) {
                 Ok(()) => {}
                 Err(Unsent::NoRoom) => return self.link.board.again(&topic),
                 Err(_) => self.link.status.update(|s| s.rejected += 1),
@@ -212,13 +216,22 @@ impl<'a> Session<'a> {
                         (s.topics.gaps(&gap.camera), gap.to_json(&s.device))
                     }
                 };
-                let announce = match self.submit(&topic, payload, false, Token::Loan(loan.ticket)) {
+                let sent = self.wire.publish(&topic, payload, false, self.packet_max);
+                let announce = match self.submit(&topic, sent, Token::Loan(loan.ticket)) {
                     Ok(()) => continue,
                     Err(Unsent::NoRoom) => return self.link.outbox.give_back(loan.ticket),
                     Err(Unsent::TooLarge(_)) => Some(Reason::TooLarge),
                     Err(Unsent::NoTopic) => None,
                 };
                 self.link.outbox.rejected(loan.ticket, announce);
+                self.link.status.update(|s| s.rejected += 1);
+            }
+        }
+        while self.has_room()
+            && let Some((topic, picture)) = self.link.board.next_picture()
+        {
+            let sent = self.wire.show(&topic, picture.jpeg, &picture.event, self.packet_max);
+            if self.submit(&topic, sent, Token::Picture).is_err() {
                 self.link.status.update(|s| s.rejected += 1);
             }
         }
@@ -240,18 +253,17 @@ impl<'a> Session<'a> {
     fn say(&mut self, availability: &str) {
         let topic = self.link.settings.topics.availability();
         // Small, and the channel has room to spare for it.
-        let _ = self.submit(&topic, availability.into(), true, Token::Availability);
+        let sent = self.wire.publish(&topic, availability.into(), true, self.packet_max);
+        let _ = self.submit(&topic, sent, Token::Availability);
     }
 
-    /// Hands a QoS 1 message over and waits for its acknowledgement from now on.
+    /// Waits for the acknowledgement of a QoS 1 message from now on, if it was handed over.
     fn submit(
         &mut self,
         topic: &str,
-        payload: Vec<u8>,
-        retain: bool,
+        sent: Result<(), Unsent>,
         token: Token,
     ) -> Result<(), Unsent> {
-        let sent = self.wire.publish(topic, payload, retain, self.packet_max);
         self.note(topic, &sent);
         sent?;
         self.out.insert(self.next, Out { token, at: Instant::now() });
@@ -380,7 +392,7 @@ impl<'a> Session<'a> {
             }
             (Token::Loan(ticket), Verdict::Never(_)) => outbox.rejected(*ticket, None),
             (Token::Board(topic), Verdict::Later(_)) => self.link.board.again(topic),
-            (Token::Board(_) | Token::Availability, _) => {}
+            (Token::Board(_) | Token::Picture | Token::Availability, _) => {}
         }
         let inflight = self.out.len() as u64;
         self.link.status.update(|s| {

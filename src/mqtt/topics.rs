@@ -49,6 +49,16 @@ impl Topics {
         self.under(&format!("cameras/{camera}/detections"))
     }
 
+    /// What a camera sees now, by label, retained.
+    pub fn counts(&self, camera: &str) -> Arc<str> {
+        self.under(&format!("cameras/{camera}/counts"))
+    }
+
+    /// Pictures of a camera's events.
+    pub fn snapshot(&self, camera: &str) -> Arc<str> {
+        self.under(&format!("cameras/{camera}/snapshot"))
+    }
+
     /// Ranges of a camera's `seq` that were lost on the way.
     pub fn gaps(&self, camera: &str) -> Arc<str> {
         self.under(&format!("cameras/{camera}/gaps"))
