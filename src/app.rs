@@ -21,6 +21,7 @@ use crate::config::{self, Config, External, Invalid};
 use crate::control;
 use crate::counts::Counts;
 use crate::fleet::{Changes, Fleet};
+use crate::homeassistant::HomeAssistant;
 use crate::meter::Meter;
 use crate::model::engine::Model;
 use crate::model::runtime::Runtime;
@@ -69,7 +70,7 @@ pub struct App {
     board: Arc<Board>,
     pulse: Arc<Pulse>,
     fleet: Fleet,
-    /// `cmd/cameras/…`.
+    /// `cmd/cameras/…`, and Home Assistant's.
     commands: Receiver<Inbound>,
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
@@ -80,6 +81,7 @@ pub struct App {
     notifier: Notifier,
     said: Said,
     counts: Counts,
+    homeassistant: Option<HomeAssistant>,
 }
 
 /// What was published or logged last, so that only changes are.
@@ -202,6 +204,7 @@ impl App {
             notifier: Notifier::default(),
             said: Said::default(),
             counts: Counts::default(),
+            homeassistant: HomeAssistant::new(&config, &topics),
             config,
             origin,
             cores,
@@ -295,6 +298,10 @@ impl App {
 
     /// Does what a message on `cmd/cameras/…` says, and answers where an answer is wanted.
     fn obey(&mut self, message: &Inbound) {
+        let homeassistant = self.homeassistant.as_ref();
+        if homeassistant.is_some_and(|h| h.hears(message, &self.board)) {
+            return;
+        }
         let done = switches::order(&self.topics, message).and_then(|(id, on)| {
             let switched = self.fleet.switch(&id, on);
             switched.map_err(|e| Reason::new(e.code(), e.to_string()))?;
@@ -328,6 +335,9 @@ impl App {
             self.board.set(&self.topics.camera_status(id), Vec::new());
             self.board.set(&self.topics.counts(id), Vec::new());
             self.counts.forget(id);
+            if let Some(homeassistant) = &mut self.homeassistant {
+                homeassistant.forget(id, &self.board);
+            }
         }
     }
 
@@ -341,6 +351,9 @@ impl App {
         self.publish_status(&snapshot);
         self.publish_cameras(&snapshot);
         self.counts.tell(&snapshot, &self.meter, &self.origin, &self.topics, &self.board);
+        if let Some(homeassistant) = &mut self.homeassistant {
+            homeassistant.tell(self.fleet.settings(), snapshot.live.as_deref(), &self.board);
+        }
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
             self.fleet.forget_removed();

@@ -442,7 +442,13 @@ const WRONG: &[Row] = &[
         VALID,
         "page.listen",
         Some("\"x\""),
-        "page is not a known key; known here: device, mqtt, camera, inference, models, outbox, web",
+        "page is not a known key; known here: device, mqtt, camera, inference, models, outbox, web, homeassistant",
+    ),
+    (
+        VALID,
+        "homeassistant.discovery_prefix",
+        Some("\"home/assistant\""),
+        "homeassistant.discovery_prefix = \"home/assistant\": must be 1 to 64 of a-z, A-Z, 0-9, _ and -",
     ),
 ];
 

@@ -1,4 +1,5 @@
-//! What the house's other software lives on: counts, pictures, Home Assistant. By the real program,
-//! over a real broker.
+//! What the house's other software lives on: counts, pictures, Home Assistant, Prometheus. By the
+//! real program, over a real broker.
 
+mod homeassistant;
 mod topics;

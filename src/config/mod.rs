@@ -45,6 +45,15 @@ pub struct Config {
     pub outbox: Outbox,
     /// `[web]`
     pub web: Web,
+    /// `[homeassistant]`
+    pub homeassistant: HomeAssistant,
+}
+
+/// `[homeassistant]`: MQTT discovery.
+#[derive(Debug, Clone)]
+pub struct HomeAssistant {
+    /// First level of its topics; `None` = it is told nothing.
+    pub discovery_prefix: Option<String>,
 }
 
 /// `[web]`: the page.
@@ -255,7 +264,7 @@ impl Config {
     /// Every key that a configuration may hold, in the file's order.
     pub fn keys() -> Vec<Key> {
         let reader = Reader::new(Path::new("/"));
-        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n[outbox]\n[web]\n";
+        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n[outbox]\n[web]\n[homeassistant]\n";
         // The values are missing: only the reader's record of what it asked for is wanted.
         let _ = read(&reader, &all.parse().expect("the empty sections are TOML"));
         reader.into_keys()
@@ -271,6 +280,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let models = models::read(root.table_or_empty("models"));
     let outbox = outbox(root.table_or_empty("outbox"));
     let web = web(root.table_or_empty("web"));
+    let homeassistant = homeassistant(root.table_or_empty("homeassistant"));
     // By the text: a camera that is refused for something else has its id all the same.
     let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
     let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
@@ -292,6 +302,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         rest: table.clone().into_iter().filter(|(key, _)| key != "camera").collect(),
         outbox: outbox?,
         web: web?,
+        homeassistant,
     })
 }
 
@@ -335,6 +346,15 @@ fn web(mut s: Section<'_, '_>) -> Option<Web> {
     }
     s.finish();
     Some(Web { listen: listen?, token_file })
+}
+
+fn homeassistant(mut s: Section<'_, '_>) -> HomeAssistant {
+    let discovery_prefix = s.string("discovery_prefix", PREFIX_ALLOWED);
+    if let Some(prefix) = discovery_prefix.as_ref().filter(|p| !is_prefix(p)) {
+        s.problem("discovery_prefix", &format!("= {prefix:?}: must be {PREFIX_ALLOWED}"));
+    }
+    s.finish();
+    HomeAssistant { discovery_prefix }
 }
 
 fn camera(mut s: Section<'_, '_>) -> Option<Camera> {

@@ -121,6 +121,18 @@ impl Board {
         }
     }
 
+    /// Publishes all topics that start so once more.
+    pub fn repeat(&self, start: &str) {
+        let mut state = self.state();
+        if state.online {
+            let topics = state.retained.keys().filter(|topic| topic.starts_with(start));
+            let topics: Vec<_> = topics.cloned().collect();
+            state.changed.extend(topics);
+            drop(state);
+            self.bell.notify_one();
+        }
+    }
+
     /// What is retained at `topic`.
     pub fn retained(&self, topic: &str) -> Option<Arc<[u8]>> {
         self.state().retained.get(topic).cloned()

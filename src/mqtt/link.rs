@@ -77,7 +77,7 @@ impl LinkHandle {
         self.inbound.clone()
     }
 
-    /// Those on `cmd/cameras/…`.
+    /// Those on `cmd/cameras/…`, and on topics that are not this device's.
     pub fn for_cameras(&self) -> Receiver<Inbound> {
         self.for_cameras.clone()
     }

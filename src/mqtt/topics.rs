@@ -84,6 +84,21 @@ impl Topics {
         self.under("models/swaps")
     }
 
+    /// The state of Home Assistant's update entity, retained.
+    pub fn models_homeassistant(&self) -> Arc<str> {
+        self.under("models/homeassistant")
+    }
+
+    /// A command about models; to the device.
+    pub fn models_command(&self, verb: &str) -> Arc<str> {
+        self.under(&format!("cmd/models/{verb}"))
+    }
+
+    /// A command about a camera; to the device.
+    pub fn camera_command(&self, camera: &str, verb: &str) -> Arc<str> {
+        self.under(&format!("cmd/cameras/{camera}/{verb}"))
+    }
+
     /// All commands.
     pub fn commands(&self) -> Arc<str> {
         self.under("cmd/#")
