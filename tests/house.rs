@@ -2,4 +2,5 @@
 //! real program, over a real broker.
 
 mod homeassistant;
+mod prometheus;
 mod topics;

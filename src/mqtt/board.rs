@@ -40,7 +40,7 @@ pub struct Board {
     state: Mutex<State>,
     bell: Notify,
     /// The page hears the same.
-    feed: Option<(Arc<Feed>, usize)>,
+    feed: Option<(Arc<Feed>, String)>,
 }
 
 impl Board {
@@ -49,15 +49,17 @@ impl Board {
         Self::default()
     }
 
-    /// One whose messages go to `feed` as well, under their topics without `root`.
+    /// One whose messages below `root` go to `feed` as well, under their topics without it.
     pub fn with_feed(feed: Arc<Feed>, root: &str) -> Self {
-        Self { feed: Some((feed, root.len() + 1)), ..Self::default() }
+        Self { feed: Some((feed, format!("{root}/"))), ..Self::default() }
     }
 
     /// Tells the page alone of something that goes to the broker another way.
     pub fn mention(&self, topic: &str, payload: &[u8]) {
-        if let Some((feed, root)) = &self.feed {
-            feed.put(topic.get(*root..).unwrap_or(topic), payload);
+        if let Some((feed, root)) = &self.feed
+            && let Some(topic) = topic.strip_prefix(root)
+        {
+            feed.put(topic, payload);
         }
     }
 
@@ -168,5 +170,20 @@ impl Board {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it holds the board")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_hears_of_this_device_alone() {
+        let feed = Arc::new(Feed::default());
+        let board = Board::with_feed(Arc::clone(&feed), "noblink/v1/edge-1");
+        board.set(&"noblink/v1/edge-1/status".into(), b"1".to_vec());
+        board.set(&"homeassistant/device/noblink_edge-1/config".into(), b"2".to_vec());
+        let topics: Vec<_> = feed.watch().0.iter().map(|e| e.topic.to_string()).collect();
+        assert_eq!(topics, ["status"]);
     }
 }

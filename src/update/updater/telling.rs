@@ -38,6 +38,10 @@ impl Thread {
             _ => info!("{what}"),
         }
         self.publish_job(job);
+        if job.state.is_terminal() {
+            let mut view = self.view.lock().expect("nothing panics with the view");
+            *view.ended.entry(job.state).or_default() += 1;
+        }
         if job.way == Way::Inbox
             && job.state.is_terminal()
             && job.state != JobState::Succeeded
