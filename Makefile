@@ -4,7 +4,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench bench-swap deb demo build test lint setup setup-tests soak fuzz
+.PHONY: bench bench-swap deb demo build test test-monitoring lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -18,6 +18,11 @@ deb: build
 
 test: setup-tests lint
 	$(CARGO) test --locked
+
+# Our metrics, alert rules and Grafana board against a real Prometheus, of Debian, in lib/prometheus.
+test-monitoring: setup-tests
+	@scripts/setup --monitoring
+	$(CARGO) test --locked --test it -- --ignored house::prometheus --nocapture
 
 lint:
 	$(CARGO) fmt --check

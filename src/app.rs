@@ -19,12 +19,14 @@ use tracing::{error, info, warn};
 use crate::camera::{CameraStatus, State};
 use crate::config::{self, Config, External, Invalid};
 use crate::control;
+use crate::counts::Counts;
 use crate::fleet::{Changes, Fleet};
+use crate::homeassistant::HomeAssistant;
 use crate::meter::Meter;
 use crate::model::engine::Model;
 use crate::model::runtime::Runtime;
 use crate::model::slot::Slot;
-use crate::mqtt::board::Board;
+use crate::mqtt::board::{Board, Picture};
 use crate::mqtt::link::Inbound;
 use crate::mqtt::outbox::{Bounds, Outbox};
 use crate::mqtt::spooler::{self, Spooler};
@@ -68,7 +70,7 @@ pub struct App {
     board: Arc<Board>,
     pulse: Arc<Pulse>,
     fleet: Fleet,
-    /// `cmd/cameras/…`
+    /// `cmd/cameras/…`, and Home Assistant's.
     commands: Receiver<Inbound>,
     worker: Option<JoinHandle<()>>,
     updater: Option<Updater>,
@@ -78,6 +80,8 @@ pub struct App {
     telemeter: Telemeter,
     notifier: Notifier,
     said: Said,
+    counts: Counts,
+    homeassistant: Option<HomeAssistant>,
 }
 
 /// What was published or logged last, so that only changes are.
@@ -117,7 +121,10 @@ impl App {
         let outbox = Arc::new(Outbox::new(OUTBOX));
         let feed = Arc::new(Feed::default());
         let board = Arc::new(Board::with_feed(Arc::clone(&feed), topics.root()));
-        let previews = Arc::new(Previews::start()?);
+        let (shown, shown_at) = (Arc::clone(&board), topics.clone());
+        let previews = Arc::new(Previews::start(move |camera, event, jpeg| {
+            shown.show(&shown_at.snapshot(camera), Picture { jpeg, event });
+        })?);
         let spool = spooler::Settings {
             dir: config.device.state_dir.clone(),
             max_bytes: config.outbox.max_bytes,
@@ -196,6 +203,8 @@ impl App {
             telemeter: Telemeter::default(),
             notifier: Notifier::default(),
             said: Said::default(),
+            counts: Counts::default(),
+            homeassistant: HomeAssistant::new(&config, &topics),
             config,
             origin,
             cores,
@@ -238,7 +247,7 @@ impl App {
         );
         let cameras = std::mem::take(&mut self.config.cameras);
         let started = self.fleet.apply(&cameras);
-        self.clear_status_of(&started.gone);
+        self.forget(&started.gone);
         match started.failed.first() {
             Some(why) => Err(anyhow!("{why}")),
             None => Ok(()),
@@ -282,7 +291,7 @@ impl App {
             list(removed)
         );
         failed.iter().for_each(|why| error!("{why}"));
-        self.clear_status_of(&gone);
+        self.forget(&gone);
         let others = self.config.differs_beside_cameras(&config);
         if !others.is_empty() {
             warn!("takes effect at the next start: {}", others.join(", "));
@@ -295,6 +304,10 @@ impl App {
 
     /// Does what a message on `cmd/cameras/…` says, and answers where an answer is wanted.
     fn obey(&mut self, message: &Inbound) {
+        let homeassistant = self.homeassistant.as_ref();
+        if homeassistant.is_some_and(|h| h.hears(message, &self.board)) {
+            return;
+        }
         let done = switches::order(&self.topics, message).and_then(|(id, on)| {
             let switched = self.fleet.switch(&id, on);
             switched.map_err(|e| Reason::new(e.code(), e.to_string()))?;
@@ -323,9 +336,14 @@ impl App {
     }
 
     /// A broker keeps what was retained until an empty message takes its place.
-    fn clear_status_of(&self, cameras: &[String]) {
+    fn forget(&mut self, cameras: &[String]) {
         for id in cameras {
             self.board.set(&self.topics.camera_status(id), Vec::new());
+            self.board.set(&self.topics.counts(id), Vec::new());
+            self.counts.forget(id);
+            if let Some(homeassistant) = &mut self.homeassistant {
+                homeassistant.forget(id, &self.board);
+            }
         }
     }
 
@@ -338,6 +356,10 @@ impl App {
         let snapshot = self.snapshot();
         self.publish_status(&snapshot);
         self.publish_cameras(&snapshot);
+        self.counts.tell(&snapshot, &self.meter, &self.origin, &self.topics, &self.board);
+        if let Some(homeassistant) = &mut self.homeassistant {
+            homeassistant.tell(self.fleet.settings(), snapshot.live.as_deref(), &self.board);
+        }
         if self.telemeter.is_due() {
             self.publish_telemetry(&snapshot);
             self.fleet.forget_removed();
@@ -436,7 +458,7 @@ impl App {
     fn publish_cameras(&mut self, snapshot: &Snapshot) {
         let told = |id: &String| snapshot.cameras.iter().any(|c| c.id == *id);
         let gone: Vec<_> = self.said.cameras.keys().filter(|id| !told(id)).cloned().collect();
-        self.clear_status_of(&gone);
+        self.forget(&gone);
         self.said.cameras.retain(|id, _| !gone.contains(id));
         for camera in &snapshot.cameras {
             let said = self.said.cameras.get(&camera.id);
@@ -533,7 +555,8 @@ fn warn_of_unknown_labels(fleet: &Fleet, model: &Model) {
     }
 }
 
-fn to_json(value: &impl serde::Serialize) -> Vec<u8> {
+/// What goes onto the wire.
+pub(crate) fn to_json(value: &impl serde::Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("numbers, strings and lists always become JSON")
 }
 

@@ -68,6 +68,40 @@ struct CameraState {
     total_us: Histogram<u32>,
     total: Buckets,
     results: VecDeque<Outcome>,
+    sight: Sight,
+}
+
+/// By class id, the most objects on one frame since someone asked.
+#[derive(Default)]
+struct Sight {
+    /// Of the model that saw them; `None` = no frame.
+    epoch: Option<u64>,
+    most: Vec<u64>,
+    /// On the frame in work.
+    now: Vec<u64>,
+}
+
+impl Sight {
+    fn add(&mut self, epoch: u64, found: &[Detection]) {
+        if self.epoch != Some(epoch) {
+            // Another model's ids mean other things.
+            self.epoch = Some(epoch);
+            self.most.clear();
+        }
+        self.now.clear();
+        for class in found.iter().map(|d| d.class_id as usize) {
+            if self.now.len() <= class {
+                self.now.resize(class + 1, 0);
+            }
+            self.now[class] += 1;
+        }
+        if self.most.len() < self.now.len() {
+            self.most.resize(self.now.len(), 0);
+        }
+        for (most, now) in self.most.iter_mut().zip(&self.now) {
+            *most = (*most).max(*now);
+        }
+    }
 }
 
 /// A frame that was inferred, as the swap report looks back on it.
@@ -177,6 +211,7 @@ impl Meter {
             total_us: Histogram::new_with_max(LONGEST_US, 2).expect("the bounds are valid"),
             total: Buckets::default(),
             results: VecDeque::with_capacity(RESULTS_MAX),
+            sight: Sight::default(),
         };
         let mut state = self.state();
         let seats = state.cameras.len().max(index + 1);
@@ -219,6 +254,7 @@ impl Meter {
         let camera = &mut state.cameras[camera];
         camera.total_us.saturating_record(total.as_micros() as u64);
         camera.total.add(total);
+        camera.sight.add(epoch, found);
         if camera.results.len() == RESULTS_MAX {
             camera.results.pop_front();
         }
@@ -240,6 +276,14 @@ impl Meter {
             ],
             cameras: state.cameras.iter().map(|c| c.total.clone()).collect(),
         }
+    }
+
+    /// The most objects that one frame of the lane held since this was asked last, by class id, with
+    /// the epoch of the model; `None` = there was no frame.
+    pub fn take_sight(&self, index: usize) -> Option<(u64, Vec<u64>)> {
+        let sight = &mut self.state().cameras[index].sight;
+        let epoch = sight.epoch.take()?;
+        Some((epoch, std::mem::take(&mut sight.most)))
     }
 
     /// The results of every lane from `since` on, oldest first.

@@ -13,6 +13,7 @@ use tracing::error;
 
 use crate::config::{Broker, Config, External};
 use crate::control::{self, status::Reporter};
+use crate::homeassistant::birth_topic;
 use crate::mqtt::board::Board;
 use crate::mqtt::broker::EmbeddedBroker;
 use crate::mqtt::link::{Inbound, Link, LinkHandle, Settings};
@@ -48,7 +49,8 @@ impl Net {
         let handle = runtime.handle().clone();
         let told = (Arc::clone(&board), topics.clone());
         let (origin, topics) = (origin.clone(), topics.clone());
-        let filters = vec![topics.commands().to_string(), topics.xfer_filter().to_string()];
+        let mut filters = vec![topics.commands().to_string(), topics.xfer_filter().to_string()];
+        filters.extend(config.homeassistant.discovery_prefix.as_deref().map(birth_topic));
         let broker = config.mqtt.broker.clone();
         let (up, started) = bounded(1);
         let life = async move {
@@ -110,7 +112,7 @@ impl Net {
         Ok(address)
     }
 
-    /// Messages on `cmd/cameras/…`, for whoever serves them.
+    /// Messages on `cmd/cameras/…`, and Home Assistant's, for whoever serves them.
     pub fn for_cameras(&self) -> Receiver<Inbound> {
         self.link.for_cameras()
     }

@@ -1,4 +1,5 @@
-//! Small JPEG pictures of what the worker sees, with what it found, for people who look at them.
+//! Small JPEG pictures of what the worker sees, with what it found: for people who look at them, and
+//! of events, for whoever subscribes.
 //!
 //! Costs an atomic load a frame while nobody looks. While someone does, the worker lends up to six
 //! frames a second and copies what it found in them; scaling and encoding happen on a thread of low
@@ -74,6 +75,8 @@ struct Shot {
     tap: Arc<Tap>,
     frame: Frame,
     head: Head,
+    /// The event that it shows, if one was asked for.
+    event: Option<String>,
 }
 
 /// Where a camera's pictures are taken, and where they go.
@@ -87,18 +90,25 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// The worker has a frame. `head` is asked for only when a picture is taken.
-    pub fn offer(self: &Arc<Self>, frame: &Frame, head: impl FnOnce() -> Head) {
-        if self.viewers.load(Ordering::Relaxed) == 0 || self.shots.is_full() {
-            return;
+    /// The worker has a frame, and maybe an `event` that wants a picture. `head` is asked for only
+    /// when one is taken. Returns whether it was.
+    pub fn offer(
+        self: &Arc<Self>,
+        frame: &Frame,
+        event: Option<String>,
+        head: impl FnOnce() -> Head,
+    ) -> bool {
+        let is_watched = self.viewers.load(Ordering::Relaxed) > 0;
+        if !(is_watched || event.is_some()) || self.shots.is_full() {
+            return false;
         }
         let now_us = self.born.elapsed().as_micros() as u64;
-        if now_us < self.due_us.load(Ordering::Relaxed) {
-            return;
+        if event.is_none() && now_us < self.due_us.load(Ordering::Relaxed) {
+            return false;
         }
         self.due_us.store(now_us + INTERVAL.as_micros() as u64, Ordering::Relaxed);
-        let shot = Shot { tap: Arc::clone(self), frame: frame.clone(), head: head() };
-        let _ = self.shots.try_send(shot);
+        let shot = Shot { tap: Arc::clone(self), frame: frame.clone(), head: head(), event };
+        self.shots.try_send(shot).is_ok()
     }
 
     /// Someone looks, until the value is dropped.
@@ -140,15 +150,15 @@ pub struct Previews {
 }
 
 impl Previews {
-    /// Starts the thread that encodes.
+    /// Starts the thread that encodes. `show` gets the pictures of events: camera, event, JPEG.
     ///
     /// # Errors
     /// The system has no thread for it.
-    pub fn start() -> anyhow::Result<Self> {
+    pub fn start(show: impl Fn(&str, String, Vec<u8>) + Send + 'static) -> anyhow::Result<Self> {
         let (shots, taken) = bounded(WAITING_MAX);
         std::thread::Builder::new()
             .name("preview".into())
-            .spawn(move || encode_all(&taken))
+            .spawn(move || encode_all(&taken, &show))
             .context("the preview's thread can't be started")?;
         Ok(Self { taps: Mutex::default(), shots })
     }
@@ -174,11 +184,11 @@ impl Previews {
     }
 }
 
-fn encode_all(taken: &Receiver<Shot>) {
+fn encode_all(taken: &Receiver<Shot>, show: &impl Fn(&str, String, Vec<u8>)) {
     // What can't be lowered stays as it is.
     let _ = host::lower_priority(host::NICE);
     let mut encoders: BTreeMap<(String, u32, u32), Encoder> = BTreeMap::new();
-    for shot in taken {
+    for mut shot in taken {
         let info = &shot.frame.info;
         let key = (info.format().to_string(), info.width(), info.height());
         // A camera that keeps changing its size must not leave encoders behind for ever.
@@ -191,8 +201,17 @@ fn encode_all(taken: &Receiver<Shot>) {
                 Encoder::new(info).and_then(|e| free.insert(e).encode(&shot))
             }
         };
-        match picture {
-            Ok(picture) => drop(shot.tap.out.send(picture)),
+        let told = picture.and_then(|jpeg| {
+            if shot.tap.viewers.load(Ordering::Relaxed) > 0 {
+                let _ = shot.tap.out.send(framed(&shot.head, &jpeg)?);
+            }
+            if let Some(event) = shot.event.take() {
+                show(&shot.head.camera, event, jpeg);
+            }
+            Ok(())
+        });
+        match told {
+            Ok(()) => {}
             Err(e) => {
                 warn!("a preview can't be made: {e:#}");
                 encoders.remove(&key);
@@ -200,6 +219,12 @@ fn encode_all(taken: &Receiver<Shot>) {
             }
         }
     }
+}
+
+fn framed(head: &Head, jpeg: &[u8]) -> anyhow::Result<Picture> {
+    let head = serde_json::to_vec(head)?;
+    let length = u32::try_from(head.len())?.to_be_bytes();
+    Ok([&length[..], &head, jpeg].concat().into())
 }
 
 /// Scales and encodes frames of one format and size.
@@ -237,7 +262,7 @@ impl Encoder {
         Ok(Self { pipeline, from, to, jpeg, quality: 70 })
     }
 
-    fn encode(&mut self, shot: &Shot) -> anyhow::Result<Picture> {
+    fn encode(&mut self, shot: &Shot) -> anyhow::Result<Vec<u8>> {
         self.jpeg.set_property("quality", self.quality);
         self.from.push_buffer(shot.frame.buffer.clone())?;
         let sample = self.to.try_pull_sample(ENCODE_WITHIN).context("the encoder gives nothing")?;
@@ -249,9 +274,7 @@ impl Encoder {
             i32::from(jpeg.len() * 5 < BYTES_WANTED * 4)
         };
         self.quality = (self.quality + step).clamp(*QUALITY.start(), *QUALITY.end());
-        let head = serde_json::to_vec(&shot.head)?;
-        let length = u32::try_from(head.len())?.to_be_bytes();
-        Ok([&length[..], &head, &jpeg].concat().into())
+        Ok(jpeg.to_vec())
     }
 }
 

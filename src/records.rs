@@ -282,6 +282,28 @@ pub struct Stages {
     pub postprocess: f64,
 }
 
+/// `cameras/<id>/counts`: what the camera sees.
+#[derive(Debug, Serialize)]
+pub struct Counts<'a> {
+    /// `noblink.counts/1`
+    pub schema: &'static str,
+    /// Device id.
+    pub device: &'a str,
+    /// Camera id.
+    pub camera: &'a str,
+    /// Changes with each start of the process.
+    pub boot: &'a str,
+    /// Since when it is so.
+    pub time: String,
+    /// The same instant, microseconds since 1970.
+    pub time_us: i64,
+    /// By label, the most on one frame of the last second, those of which there are none left out;
+    /// null = nobody looks: the camera does not stream, or no model runs.
+    pub objects: Option<&'a BTreeMap<String, u64>>,
+    /// Their sum.
+    pub total: Option<u64>,
+}
+
 /// `cameras/<id>/status`
 #[derive(Debug, Clone, Serialize)]
 pub struct CameraRecord<'a> {

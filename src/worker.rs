@@ -154,7 +154,7 @@ impl Worker {
         let started = Instant::now();
         let Some(mut live) = self.slot.load() else {
             let lens = lens(&mut self.lenses, &taken, &self.boot, &self.topics, &self.previews);
-            lens.lend(&taken.frame, None, &[]);
+            lens.lend(&taken.frame, None, &[], None);
             return taken.dropped(Drop::NoModel);
         };
         self.pulse.begin(live.epoch);
@@ -179,10 +179,12 @@ impl Worker {
 
         let done = Instant::now();
         let objects = self.found.len();
+        let mut event = None;
         if lens.is_due(objects, done) {
             let head =
                 FrameInfo { id: frame.id, pts_ns: frame.pts_ns, width: size.0, height: size.1 };
             let since = lens.account(frame.id, done);
+            event = lens.event_to_show(objects, done);
             let latency = Latency::from(&timing, frame.arrived.elapsed());
             let record = lens.record(&self.origin, &live, frame, head, since, latency, &self.found);
             self.outbox.push(record);
@@ -193,7 +195,7 @@ impl Worker {
         let total = frame.arrived.elapsed();
         self.meter.frame(taken.camera, frame.id, live.epoch, &timing, total, &self.found);
         self.sampler.offer(&lens.id, frame);
-        lens.lend(frame, Some(&live), &self.found);
+        lens.lend(frame, Some(&live), &self.found, event);
         taken.inferred();
     }
 }
@@ -276,6 +278,7 @@ struct Lens {
     empty: u64,
     failed: u64,
     last_record: Option<Instant>,
+    last_picture: Option<Instant>,
 }
 
 impl Lens {
@@ -298,6 +301,7 @@ impl Lens {
             empty: 0,
             failed: 0,
             last_record: None,
+            last_picture: None,
         }
     }
 
@@ -310,9 +314,16 @@ impl Lens {
         }
     }
 
-    /// Lends the frame to those who look at the camera.
-    fn lend(&self, frame: &Frame, live: Option<&Arc<Live>>, found: &[Detection]) {
-        self.tap.offer(frame, || {
+    /// Lends the frame to those who look at the camera, or want a picture of this event.
+    fn lend(
+        &mut self,
+        frame: &Frame,
+        live: Option<&Arc<Live>>,
+        found: &[Detection],
+        event: Option<String>,
+    ) {
+        let is_event = event.is_some();
+        let taken = self.tap.offer(frame, event, || {
             let labels = live.map_or(&[][..], |live| &live.model.contract().labels);
             let label = |d: &Detection| labels.get(d.class_id as usize).map_or("", String::as_str);
             let identity = live.map(|live| live.model.identity());
@@ -327,6 +338,10 @@ impl Lens {
                 objects: found.iter().map(|d| Found::of(d, label(d))).collect(),
             }
         });
+        if is_event && !taken {
+            // The encoder is busy: the next event's turn.
+            self.last_picture = None;
+        }
     }
 
     /// Counts a failed frame; returns the camera's id for the message.
@@ -367,6 +382,17 @@ impl Lens {
         self.next_frame = frame + 1;
         self.last_record = Some(now);
         Since { empty, failed, dropped: skipped - empty - failed }
+    }
+
+    /// The name of the record that is about to be made, if it is to come with a picture.
+    fn event_to_show(&mut self, objects: usize, now: Instant) -> Option<String> {
+        let interval = Duration::from_secs_f64(self.settings.snapshot_interval_s?);
+        let is_due = self.last_picture.is_none_or(|last| now - last >= interval);
+        if objects == 0 || !is_due {
+            return None;
+        }
+        self.last_picture = Some(now);
+        Some(format!("{}-{}", self.boot, self.seq))
     }
 
     #[allow(clippy::too_many_arguments)]

@@ -106,7 +106,7 @@ fn over(frames: u64, publish: Publish) -> u64 {
         meter,
         Arc::clone(&pulse),
         Arc::default(),
-        Arc::new(Previews::start().unwrap()),
+        Arc::new(Previews::start(|_, _, _| ()).unwrap()),
         Origin { device: "test".into(), boot: "7f3k9q2m4x8w1b5d".into() },
         &Topics::new("noblink/v1", "test"),
         &Inference::default(),

@@ -254,6 +254,12 @@ const WRONG: &[Row] = &[
         Some("\"5\""),
         "camera[0].publish_max_hz = \"5\": must be a number from 0.01 to 240",
     ),
+    (
+        VALID,
+        "camera.snapshot_interval_s",
+        Some("0"),
+        "camera[0].snapshot_interval_s = 0: must be a number from 1 to 3600",
+    ),
     (VALID, "camera.queue", Some("0"), "camera[0].queue = 0: must be a whole number from 1 to 64"),
     (
         VALID,
@@ -436,7 +442,13 @@ const WRONG: &[Row] = &[
         VALID,
         "page.listen",
         Some("\"x\""),
-        "page is not a known key; known here: device, mqtt, camera, inference, models, outbox, web",
+        "page is not a known key; known here: device, mqtt, camera, inference, models, outbox, web, homeassistant",
+    ),
+    (
+        VALID,
+        "homeassistant.discovery_prefix",
+        Some("\"home/assistant\""),
+        "homeassistant.discovery_prefix = \"home/assistant\": must be 1 to 64 of a-z, A-Z, 0-9, _ and -",
     ),
 ];
 

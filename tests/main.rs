@@ -11,6 +11,7 @@ mod fleet;
 mod fuzz;
 mod gates;
 mod harness;
+mod house;
 mod model;
 mod mqtt;
 mod package;

@@ -45,6 +45,15 @@ pub struct Config {
     pub outbox: Outbox,
     /// `[web]`
     pub web: Web,
+    /// `[homeassistant]`
+    pub homeassistant: HomeAssistant,
+}
+
+/// `[homeassistant]`: MQTT discovery.
+#[derive(Debug, Clone)]
+pub struct HomeAssistant {
+    /// First level of its topics; `None` = it is told nothing.
+    pub discovery_prefix: Option<String>,
 }
 
 /// `[web]`: the page.
@@ -84,6 +93,8 @@ pub struct Camera {
     pub confidence: Option<f32>,
     /// Records with objects a second at most.
     pub publish_max_hz: Option<f64>,
+    /// Least time between two pictures of its events, seconds; `None` = none is sent.
+    pub snapshot_interval_s: Option<f64>,
     /// Frames that may wait for the worker.
     pub queue: usize,
     /// Silence that counts as a stall, seconds.
@@ -253,7 +264,7 @@ impl Config {
     /// Every key that a configuration may hold, in the file's order.
     pub fn keys() -> Vec<Key> {
         let reader = Reader::new(Path::new("/"));
-        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n[outbox]\n[web]\n";
+        let all = "[device]\n[mqtt]\n[[camera]]\n[inference]\n[models]\n[outbox]\n[web]\n[homeassistant]\n";
         // The values are missing: only the reader's record of what it asked for is wanted.
         let _ = read(&reader, &all.parse().expect("the empty sections are TOML"));
         reader.into_keys()
@@ -269,6 +280,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
     let models = models::read(root.table_or_empty("models"));
     let outbox = outbox(root.table_or_empty("outbox"));
     let web = web(root.table_or_empty("web"));
+    let homeassistant = homeassistant(root.table_or_empty("homeassistant"));
     // By the text: a camera that is refused for something else has its id all the same.
     let sections = table.get("camera").and_then(toml::Value::as_array).into_iter().flatten();
     let ids: Vec<_> = sections.map(|c| c.get("id").and_then(toml::Value::as_str)).collect();
@@ -290,6 +302,7 @@ fn read(reader: &Reader<'_>, table: &toml::Table) -> Option<Config> {
         rest: table.clone().into_iter().filter(|(key, _)| key != "camera").collect(),
         outbox: outbox?,
         web: web?,
+        homeassistant,
     })
 }
 
@@ -335,6 +348,15 @@ fn web(mut s: Section<'_, '_>) -> Option<Web> {
     Some(Web { listen: listen?, token_file })
 }
 
+fn homeassistant(mut s: Section<'_, '_>) -> HomeAssistant {
+    let discovery_prefix = s.string("discovery_prefix", PREFIX_ALLOWED);
+    if let Some(prefix) = discovery_prefix.as_ref().filter(|p| !is_prefix(p)) {
+        s.problem("discovery_prefix", &format!("= {prefix:?}: must be {PREFIX_ALLOWED}"));
+    }
+    s.finish();
+    HomeAssistant { discovery_prefix }
+}
+
 fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
     let id = s.slug("id");
     let url = s.required_string("url", "rtsp://, rtsps://, file://, v4l2:// or test://");
@@ -364,6 +386,7 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
     let labels = s.strings("labels", "a list of labels of the model");
     let confidence = s.number("confidence", 0.01..=0.99, None);
     let publish_max_hz = s.number("publish_max_hz", 0.01..=240.0, None);
+    let snapshot_interval_s = s.number("snapshot_interval_s", 1.0..=3600.0, None);
     let queue = s.integer("queue", 1..=64, Some(4));
     let stall_timeout_s = s.number("stall_timeout_s", 1.0..=300.0, Some(5.0));
     let color = s.optional_choice("color", &[("bt601", Matrix::Bt601), ("bt709", Matrix::Bt709)]);
@@ -388,6 +411,7 @@ fn camera(mut s: Section<'_, '_>) -> Option<Camera> {
         labels,
         confidence: confidence.map(|c| c as f32),
         publish_max_hz,
+        snapshot_interval_s,
         queue: queue? as usize,
         stall_timeout_s: stall_timeout_s?,
         color,

@@ -2,7 +2,7 @@
 //!
 //! A retained message stands here by its topic, the latest only; it is published when it changes,
 //! and with all the others after each connection, because a broker may have lost them. Telemetry
-//! goes out once, or not at all: it is worth nothing late.
+//! and pictures go out once, or not at all: they are worth nothing late.
 //!
 //! Filled by any thread, emptied by the link. Its size is the number of topics its callers use.
 
@@ -16,12 +16,21 @@ use crate::web::feed::Feed;
 /// A topic and what goes there.
 pub type Notice = (Arc<str>, Arc<[u8]>);
 
+/// A JPEG file, and the event that it shows.
+pub struct Picture {
+    /// The file.
+    pub jpeg: Vec<u8>,
+    /// `<boot>-<seq>` of the record.
+    pub event: String,
+}
+
 #[derive(Default)]
 struct State {
     retained: BTreeMap<Arc<str>, Arc<[u8]>>,
     /// Topics whose latest payload this connection has not carried.
     changed: BTreeSet<Arc<str>>,
     telemetry: BTreeMap<Arc<str>, Arc<[u8]>>,
+    pictures: BTreeMap<Arc<str>, Picture>,
     online: bool,
 }
 
@@ -31,7 +40,7 @@ pub struct Board {
     state: Mutex<State>,
     bell: Notify,
     /// The page hears the same.
-    feed: Option<(Arc<Feed>, usize)>,
+    feed: Option<(Arc<Feed>, String)>,
 }
 
 impl Board {
@@ -40,15 +49,17 @@ impl Board {
         Self::default()
     }
 
-    /// One whose messages go to `feed` as well, under their topics without `root`.
+    /// One whose messages below `root` go to `feed` as well, under their topics without it.
     pub fn with_feed(feed: Arc<Feed>, root: &str) -> Self {
-        Self { feed: Some((feed, root.len() + 1)), ..Self::default() }
+        Self { feed: Some((feed, format!("{root}/"))), ..Self::default() }
     }
 
     /// Tells the page alone of something that goes to the broker another way.
     pub fn mention(&self, topic: &str, payload: &[u8]) {
-        if let Some((feed, root)) = &self.feed {
-            feed.put(topic.get(*root..).unwrap_or(topic), payload);
+        if let Some((feed, root)) = &self.feed
+            && let Some(topic) = topic.strip_prefix(root)
+        {
+            feed.put(topic, payload);
         }
     }
 
@@ -78,6 +89,16 @@ impl Board {
         }
     }
 
+    /// Shows a picture once, at QoS 1; without a connection it is forgotten. The latest of a topic.
+    pub fn show(&self, topic: &Arc<str>, picture: Picture) {
+        let mut state = self.state();
+        if state.online {
+            state.pictures.insert(Arc::clone(topic), picture);
+            drop(state);
+            self.bell.notify_one();
+        }
+    }
+
     /// A connection stands: everything retained is to be published on it.
     pub fn online(&self) {
         let mut state = self.state();
@@ -91,6 +112,7 @@ impl Board {
         state.online = false;
         state.changed.clear();
         state.telemetry.clear();
+        state.pictures.clear();
     }
 
     /// Publishes `topic` once more: the broker could not take it just now.
@@ -98,6 +120,18 @@ impl Board {
         let mut state = self.state();
         if state.online && state.retained.contains_key(topic) {
             state.changed.insert(Arc::clone(topic));
+        }
+    }
+
+    /// Publishes all topics that start so once more.
+    pub fn repeat(&self, start: &str) {
+        let mut state = self.state();
+        if state.online {
+            let topics = state.retained.keys().filter(|topic| topic.starts_with(start));
+            let topics: Vec<_> = topics.cloned().collect();
+            state.changed.extend(topics);
+            drop(state);
+            self.bell.notify_one();
         }
     }
 
@@ -119,6 +153,11 @@ impl Board {
         self.state().telemetry.pop_first()
     }
 
+    /// The next picture to publish.
+    pub fn next_picture(&self) -> Option<(Arc<str>, Picture)> {
+        self.state().pictures.pop_first()
+    }
+
     /// Whether this connection has carried all that is retained.
     pub fn is_settled(&self) -> bool {
         self.state().changed.is_empty()
@@ -131,5 +170,20 @@ impl Board {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it holds the board")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_hears_of_this_device_alone() {
+        let feed = Arc::new(Feed::default());
+        let board = Board::with_feed(Arc::clone(&feed), "noblink/v1/edge-1");
+        board.set(&"noblink/v1/edge-1/status".into(), b"1".to_vec());
+        board.set(&"homeassistant/device/noblink_edge-1/config".into(), b"2".to_vec());
+        let topics: Vec<_> = feed.watch().0.iter().map(|e| e.topic.to_string()).collect();
+        assert_eq!(topics, ["status"]);
     }
 }

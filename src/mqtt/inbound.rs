@@ -1,5 +1,5 @@
-//! Messages that come in, each to whoever serves it: the cameras' commands to the main thread, all
-//! else to the update thread. Each has a channel of its own, so that one that is slow takes nothing
+//! Messages that come in, each to whoever serves it: the cameras' commands, and what is not said to
+//! this device alone, to the main thread; all else to the update thread. Each has a channel of its own, so that one that is slow takes nothing
 //! from the other.
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -43,9 +43,10 @@ impl Sorter {
 
     /// Whether there was room for it.
     pub(super) fn sort(&self, message: Inbound) -> bool {
+        let is_ours = message.topic.starts_with(self.topics.root());
         let to = match self.topics.parse_camera_command(&message.topic) {
-            Some(_) => &self.for_cameras,
-            None => &self.inbound,
+            None if is_ours => &self.inbound,
+            _ => &self.for_cameras,
         };
         to.try_send(message).is_ok()
     }

@@ -49,6 +49,16 @@ impl Topics {
         self.under(&format!("cameras/{camera}/detections"))
     }
 
+    /// What a camera sees now, by label, retained.
+    pub fn counts(&self, camera: &str) -> Arc<str> {
+        self.under(&format!("cameras/{camera}/counts"))
+    }
+
+    /// Pictures of a camera's events.
+    pub fn snapshot(&self, camera: &str) -> Arc<str> {
+        self.under(&format!("cameras/{camera}/snapshot"))
+    }
+
     /// Ranges of a camera's `seq` that were lost on the way.
     pub fn gaps(&self, camera: &str) -> Arc<str> {
         self.under(&format!("cameras/{camera}/gaps"))
@@ -72,6 +82,21 @@ impl Topics {
     /// Reports on swaps.
     pub fn swaps(&self) -> Arc<str> {
         self.under("models/swaps")
+    }
+
+    /// The state of Home Assistant's update entity, retained.
+    pub fn models_homeassistant(&self) -> Arc<str> {
+        self.under("models/homeassistant")
+    }
+
+    /// A command about models; to the device.
+    pub fn models_command(&self, verb: &str) -> Arc<str> {
+        self.under(&format!("cmd/models/{verb}"))
+    }
+
+    /// A command about a camera; to the device.
+    pub fn camera_command(&self, camera: &str, verb: &str) -> Arc<str> {
+        self.under(&format!("cmd/cameras/{camera}/{verb}"))
     }
 
     /// All commands.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rumqttc::v5::mqttbytes::v5::{
     ConnAck, ConnectReturnCode, DisconnectReasonCode, Filter, LastWill, LastWillProperties, Packet,
-    PubAckReason, Publish, SubscribeReasonCode,
+    PubAckReason, Publish, PublishProperties, SubscribeReasonCode,
 };
 use rumqttc::v5::mqttbytes::{Error as CodecError, QoS, valid_filter, valid_topic};
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
@@ -132,7 +132,23 @@ impl Wire {
         retain: bool,
         packet_max: usize,
     ) -> Result<(), Unsent> {
-        self.offer(topic, QoS::AtLeastOnce, payload, retain, packet_max)
+        self.offer(topic, QoS::AtLeastOnce, payload, retain, packet_max, None)
+    }
+
+    /// Hands a picture over, at QoS 1, with the event that it shows as a user property.
+    pub(super) fn show(
+        &self,
+        topic: &str,
+        jpeg: Vec<u8>,
+        event: &str,
+        packet_max: usize,
+    ) -> Result<(), Unsent> {
+        let properties = PublishProperties {
+            content_type: Some("image/jpeg".to_owned()),
+            user_properties: vec![("event".to_owned(), event.to_owned())],
+            ..Default::default()
+        };
+        self.offer(topic, QoS::AtLeastOnce, jpeg, false, packet_max, Some(properties))
     }
 
     /// Hands a QoS 0 message over.
@@ -142,7 +158,7 @@ impl Wire {
         payload: Vec<u8>,
         packet_max: usize,
     ) -> Result<(), Unsent> {
-        self.offer(topic, QoS::AtMostOnce, payload, false, packet_max)
+        self.offer(topic, QoS::AtMostOnce, payload, false, packet_max, None)
     }
 
     fn offer(
@@ -152,17 +168,25 @@ impl Wire {
         payload: Vec<u8>,
         retain: bool,
         packet_max: usize,
+        properties: Option<PublishProperties>,
     ) -> Result<(), Unsent> {
         if topic.is_empty() || topic.len() > usize::from(u16::MAX) || !valid_topic(topic) {
             return Err(Unsent::NoTopic);
         }
-        let publish = Publish::new(topic, qos, payload, None);
+        let publish = Publish::new(topic, qos, payload, properties);
         // The packet id counts as soon as there is one.
         let size = publish.size() + 2;
         if size > packet_max {
             return Err(Unsent::TooLarge(size));
         }
-        self.client.try_publish(topic, qos, retain, publish.payload).map_err(|_| Unsent::NoRoom)
+        let payload = publish.payload;
+        let handed = match publish.properties {
+            None => self.client.try_publish(topic, qos, retain, payload),
+            Some(more) => {
+                self.client.try_publish_with_properties(topic, qos, retain, payload, more)
+            }
+        };
+        handed.map_err(|_| Unsent::NoRoom)
     }
 
     /// One SUBSCRIBE, at QoS 1; `false` when there is no room for it.

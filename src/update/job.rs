@@ -166,7 +166,7 @@ pub enum Task {
 }
 
 /// AWS IoT Jobs' words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum JobState {
     /// Waits for the end of the job before.
@@ -186,6 +186,10 @@ pub enum JobState {
 }
 
 impl JobState {
+    /// How a job may end.
+    pub const ENDS: [Self; 5] =
+        [Self::Succeeded, Self::Failed, Self::Rejected, Self::TimedOut, Self::Canceled];
+
     /// Nothing follows it.
     pub fn is_terminal(self) -> bool {
         !matches!(self, Self::Queued | Self::InProgress)

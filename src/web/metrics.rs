@@ -10,7 +10,7 @@ use crate::host::{self, Host};
 use crate::meter::{Buckets, Totals};
 use crate::mqtt::status::LinkState;
 use crate::snapshot::Snapshot;
-use crate::update::job::{JobState, Verdict};
+use crate::update::job::{JobState, Verdict, Way};
 use crate::update::updater::View;
 
 /// What the metrics are made from: as of the last second.
@@ -21,6 +21,8 @@ pub struct Seen {
     pub totals: Totals,
     /// Jobs; empty without ONNX Runtime.
     pub view: View,
+    /// What the outbox may take of the disk.
+    pub outbox_max_bytes: u64,
     /// When the process started, seconds since 1970.
     pub started_s: f64,
 }
@@ -111,6 +113,13 @@ fn text(seen: &Seen) -> String {
     waiting.add(&[("place", "in_flight")], outbox.in_flight as f64);
     let help = "Payload bytes of the records on their way.";
     w.single("noblink_outbox_bytes", "gauge", help, outbox.bytes as f64);
+    let help = "Bytes of the outbox on disk.";
+    w.single("noblink_outbox_disk_bytes", "gauge", help, outbox.spool_bytes as f64);
+    let help = "What they may become, bytes: then the oldest records go.";
+    w.single("noblink_outbox_disk_limit_bytes", "gauge", help, seen.outbox_max_bytes as f64);
+    let help = "Whether the outbox can't be written to disk just now.";
+    let failing = number(outbox.disk_error.is_some());
+    w.single("noblink_outbox_disk_failing", "gauge", help, failing);
     let mut ended = w.family("noblink_outbox_records_total", "counter", "Records by their end.");
     ended.add(&[("end", "acknowledged")], outbox.acked as f64);
     ended.add(&[("end", "rejected")], outbox.rejected as f64);
@@ -145,6 +154,16 @@ fn cameras(w: &mut Writer, seen: &Seen) {
     );
     for camera in cameras {
         connects.add(&[("camera", &camera.id)], camera.status.connects as f64);
+    }
+    let help = "Pipelines of the camera that could not be taken down yet.";
+    let mut stuck = w.family("noblink_camera_stuck_pipelines", "gauge", help);
+    for camera in cameras {
+        stuck.add(&[("camera", &camera.id)], camera.status.leaked_pipelines as f64);
+    }
+    let help = "Supervisors of the camera that were stuck, or broke, and were replaced.";
+    let mut replaced = w.family("noblink_camera_supervisors_replaced_total", "counter", help);
+    for camera in cameras {
+        replaced.add(&[("camera", &camera.id)], camera.status.leaked_supervisors as f64);
     }
     let mut decoded =
         w.family("noblink_frames_decoded_total", "counter", "Frames that the decoder delivered.");
@@ -216,12 +235,27 @@ fn models(w: &mut Writer, seen: &Seen) {
     for (state, count) in ended {
         jobs.add(&[("state", &state)], count as f64);
     }
+    let help = "Jobs since the process started, by their end.";
+    let mut jobs = w.family("noblink_jobs_total", "counter", help);
+    for state in JobState::ENDS {
+        let count = seen.view.ended.get(&state).copied().unwrap_or_default();
+        jobs.add(&[("state", &word(&state))], count as f64);
+    }
+    let help = "Whether models that come this way wait for a person, after three that failed.";
+    let mut breakers = w.family("noblink_breaker_open", "gauge", help);
+    for way in Way::ALL {
+        let is_open = seen.view.state["breaker"][way.name()] == true;
+        breakers.add(&[("way", way.name())], f64::from(u8::from(is_open)));
+    }
     let open = seen.view.jobs.iter().any(|j| !j.state.is_terminal());
     let open = f64::from(u8::from(open));
     w.single("noblink_job_in_progress", "gauge", "Whether a job is under way or waits.", open);
-    let help = "Gates of the last job: 1 passed, 0 failed, -1 not run, 2 asks.";
+    // A rollback meets none.
+    let judged = seen.view.jobs.iter().find(|j| !j.gates.is_empty());
+    let gates_of = || judged.into_iter().flat_map(|j| &j.gates);
+    let help = "Gates of the last job that met any: 1 passed, 0 failed, -1 not run, 2 asks.";
     let mut gates = w.family("noblink_gate_verdict", "gauge", help);
-    for gate in seen.view.jobs.iter().take(1).flat_map(|j| &j.gates) {
+    for gate in gates_of() {
         let value = match gate.verdict {
             Verdict::Passed => 1.0,
             Verdict::Failed => 0.0,
@@ -230,9 +264,9 @@ fn models(w: &mut Writer, seen: &Seen) {
         };
         gates.add(&[("gate", &gate.gate)], value);
     }
-    let help = "Numbers that the gates of the last job measured.";
+    let help = "Numbers that they measured.";
     let mut values = w.family("noblink_gate_value", "gauge", help);
-    for gate in seen.view.jobs.iter().take(1).flat_map(|j| &j.gates) {
+    for gate in gates_of() {
         for (name, value) in gate.numbers.as_object().into_iter().flatten() {
             if let Some(value) = value.as_f64() {
                 values.add(&[("gate", &gate.gate), ("number", name)], value);

@@ -181,9 +181,10 @@ async fn events(State(shared): State<Shared>) -> Response {
     Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(15))).into_response()
 }
 
-/// An event's name is its topic; those that hold an id are called `camera` and `job`.
+/// An event's name is its topic; those that hold an id are called `camera`, `counts` and `job`.
 fn told(event: &Event) -> sse::Event {
     let name = match &*event.topic {
+        topic if topic.starts_with("cameras/") && topic.ends_with("/counts") => "counts",
         topic if topic.starts_with("cameras/") => "camera",
         topic if topic.starts_with("models/jobs/") => "job",
         topic => topic,

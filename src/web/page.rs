@@ -28,6 +28,7 @@ pub struct Page {
     metrics: Arc<metrics::Page>,
     ready: Arc<AtomicBool>,
     desk: Option<Arc<Desk>>,
+    outbox_max_bytes: u64,
     address: Option<SocketAddr>,
 }
 
@@ -41,7 +42,8 @@ impl Page {
         desk: Option<Arc<Desk>>,
     ) -> Self {
         let (metrics, ready) = (Arc::default(), Arc::default());
-        let mut page = Self { feed, metrics, ready, desk, address: None };
+        let outbox_max_bytes = config.outbox.max_bytes;
+        let mut page = Self { feed, metrics, ready, desk, outbox_max_bytes, address: None };
         let shared = super::Shared {
             feed: Arc::clone(&page.feed),
             previews,
@@ -81,6 +83,7 @@ impl Page {
             snapshot: snapshot.clone(),
             totals: meter.totals(),
             view: self.desk.as_ref().map(|desk| desk.view()).unwrap_or_default(),
+            outbox_max_bytes: self.outbox_max_bytes,
             started_s: started_us as f64 / 1e6,
         });
     }

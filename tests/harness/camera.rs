@@ -28,6 +28,7 @@ pub(crate) fn config(id: &str, url: &str) -> config::Camera {
         labels: None,
         confidence: None,
         publish_max_hz: None,
+        snapshot_interval_s: None,
         queue: 4,
         stall_timeout_s: 5.0,
         color: None,

@@ -27,7 +27,7 @@ use tracing::error;
 use super::digest::Digest;
 use super::event::{Answer, Event};
 use super::inbox::Inbox;
-use super::job::{Job, Millis, Reason, Way};
+use super::job::{Job, JobState, Millis, Reason, Way};
 use super::keeper::Keeper;
 use super::orders::{self, Order};
 use super::registry;
@@ -135,6 +135,8 @@ pub struct View {
     pub last_swap: Option<SwapReport>,
     /// Of all swaps since the process started.
     pub swap_totals: SwapTotals,
+    /// Jobs that ended since then, by their end.
+    pub ended: BTreeMap<JobState, u64>,
 }
 
 /// Counts since the process started.

@@ -13,6 +13,7 @@ use super::super::report::{self, SwapReport};
 use super::super::watch::Swapped;
 use super::Thread;
 use crate::app::now_us;
+use crate::homeassistant::update;
 use crate::meter::Outcome;
 use crate::model::file::Identity;
 use crate::mqtt::outbox::Record;
@@ -37,6 +38,10 @@ impl Thread {
             _ => info!("{what}"),
         }
         self.publish_job(job);
+        if job.state.is_terminal() {
+            let mut view = self.view.lock().expect("nothing panics with the view");
+            *view.ended.entry(job.state).or_default() += 1;
+        }
         if job.way == Way::Inbox
             && job.state.is_terminal()
             && job.state != JobState::Succeeded
@@ -191,6 +196,12 @@ impl Thread {
             "breaker": breaker,
             "gates_skipped": skipped,
         });
+        if self.parts.config.homeassistant.discovery_prefix.is_some() {
+            let candidate = job.and_then(|j| named(j.digest)).map(|m| update::version(&m));
+            let entity = update::entity(&value, candidate);
+            let payload = serde_json::to_vec(&entity).expect("JSON becomes JSON");
+            self.parts.board.set(&self.parts.topics.models_homeassistant(), payload);
+        }
         let mut view = self.view.lock().expect("nothing panics with the view");
         if live.is_some() {
             view.advice = None;
