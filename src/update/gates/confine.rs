@@ -87,6 +87,22 @@ pub(in crate::update) fn process_cpu() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
+/// Whether memory that was written may be executed: `MemoryDenyWriteExecute=yes` of the unit forbids it.
+pub(in crate::update) fn may_make_code() -> bool {
+    let (size, write) = (4096, libc::PROT_READ | libc::PROT_WRITE);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a page of its own, which nobody else knows and which goes again at once.
+    unsafe {
+        let page = libc::mmap(std::ptr::null_mut(), size, write, flags, -1, 0);
+        if page == libc::MAP_FAILED {
+            return false;
+        }
+        let may = libc::mprotect(page, size, write | libc::PROT_EXEC) == 0;
+        libc::munmap(page, size);
+        may
+    }
+}
+
 fn ignore_file_size_signal() -> Result<(), String> {
     // SAFETY: no handler is installed, the signal is ignored.
     unsafe { nix::sys::signal::signal(Signal::SIGXFSZ, nix::sys::signal::SigHandler::SigIgn) }

@@ -11,7 +11,7 @@ use crate::model::options::Setting;
 use crate::model::runtime::Runtime;
 use crate::records::rounded;
 use crate::text::brief;
-use crate::update::gates::confine::{Allowance, process_cpu};
+use crate::update::gates::confine::{self, Allowance, process_cpu};
 use crate::update::gates::wire::Line;
 use crate::update::gates::{FrameDump, examine, say};
 
@@ -76,7 +76,8 @@ pub(in crate::update) fn measure(ask: &Ask, allowance: &Allowance) -> Measured {
             ..EngineOptions::default()
         };
         let began = Instant::now();
-        let opened = Model::build(&runtime, &file, &options).map_err(|e| words(&e.to_string()));
+        let opened =
+            Model::build(&runtime, &file, &options).map_err(|e| words(setting, &e.to_string()));
         let mut entry = match opened {
             Ok(model) => Entry { row: Row::new(setting), model: Some(model) },
             Err(why) => Entry { row: Row::failed(setting, why), model: None },
@@ -139,8 +140,8 @@ fn pictures(files: &[std::path::PathBuf], width: usize, height: usize) -> Vec<Fr
 }
 
 /// Why a session can't be had, with the remedy where it is known.
-fn words(error: &str) -> String {
-    if error.contains("can't protect") {
+fn words(setting: Setting, error: &str) -> String {
+    if setting.provider == Provider::OpenVino && !confine::may_make_code() {
         return "it makes code at run time, which the service may not \
                 (MemoryDenyWriteExecute=yes in its unit)"
             .to_owned();

@@ -131,7 +131,7 @@ pub struct Candidate {
     pub runtime: String,
     /// Session and first run.
     pub load_ms: f64,
-    /// Median of a run.
+    /// A run: the lower quartile of the turns.
     pub wall_ms: Option<f64>,
     /// Median of its CPU time.
     pub cpu_ms: Option<f64>,
@@ -203,6 +203,14 @@ impl Tuning {
         picks.into_iter().find(|pick| !failed && pick.library == library)
     }
 
+    /// The same, seen from the library that runs: what waited for it is here now.
+    pub fn at_home(mut self, library: &Path) -> Self {
+        if self.table.chosen.library == library {
+            self.table.here = self.table.chosen.clone();
+        }
+        self
+    }
+
     /// The setting that a start may begin with: what has run here before.
     pub fn proven(&self, library: &Path) -> Option<Setting> {
         let pick = self.pick(library).filter(|_| self.state == State::Proven)?;
@@ -241,7 +249,7 @@ pub fn judge(measured: Vec<(PathBuf, Vec<Row>)>, confidence: f32) -> Result<Tabl
     if let Some(error) = &base.error {
         return Err(format!("the reference ({}) could not be measured: {error}", base.setting));
     }
-    let base_ms = median(base.wall_ms.clone()).ok_or("there was no time for the reference")?;
+    let base_ms = quartile(&base.wall_ms).ok_or("there was no time for the reference")?;
     let mut candidates = vec![Candidate::of(reference.clone(), &base)];
     candidates[0].agreement = Some(1.0);
     for (pick, row) in rows {
@@ -277,7 +285,7 @@ pub fn judge(measured: Vec<(PathBuf, Vec<Row>)>, confidence: f32) -> Result<Tabl
 
 impl Candidate {
     fn of(pick: Pick, row: &Row) -> Self {
-        let wall_ms = median(row.wall_ms.clone()).map(|ms| rounded(ms, 3));
+        let wall_ms = quartile(&row.wall_ms).map(|ms| rounded(ms, 3));
         let untimed = || wall_ms.is_none().then(|| "there was no time left for it".to_owned());
         Self {
             runtime: pick.version(),
@@ -291,6 +299,14 @@ impl Candidate {
             late: row.late || row.error.is_none() && wall_ms.is_none(),
         }
     }
+}
+
+/// The lower quartile. Whoever else is at work can only make a run slower, and is at work in most
+/// turns on a busy box: a median would compare the neighbours.
+fn quartile(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 4).copied()
 }
 
 /// Share of the sure findings of both sides that the other side has as well. Where the reference is

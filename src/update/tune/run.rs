@@ -71,8 +71,15 @@ pub fn run(order: &Order, limits: &Limits, cancel: &AtomicBool) -> Result<Table,
         order.libraries.0.iter().take(2).map(|library| (library.clone(), Vec::new())).collect();
     for &pass in passes {
         let (library, rows) = &mut measured[pass];
-        let added = child(order, library, limits, (share, end), cancel)?;
-        merge(rows, added);
+        match child(order, library, limits, (share, end), cancel) {
+            Ok(added) => merge(rows, added),
+            Err(Stopped::Failed(why)) if rows.is_empty() && pass > 0 => {
+                rows.push(Row { late: true, ..Row::failed(order.engine.setting, why) });
+            }
+            // Measured once is enough where there is no time for more.
+            Err(Stopped::Failed(_)) if !rows.is_empty() => {}
+            Err(stopped) => return Err(stopped),
+        }
     }
     judge(measured, order.engine.confidence).map_err(Stopped::Failed)
 }

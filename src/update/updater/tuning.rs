@@ -338,7 +338,10 @@ impl Thread {
     fn settle(&mut self, tuner: &mut Tuner, digest: Digest, state: State) {
         tuner.known = None;
         match self.keeper.registry().tuning(&digest, &tuner.place) {
-            Some(tuning) => note(&mut self.keeper, Tuning { state, ..tuning }),
+            Some(tuning) => {
+                let tuning = tuning.at_home(self.parts.runtime.library());
+                note(&mut self.keeper, Tuning { state, ..tuning });
+            }
             None => tuner.give_up(digest, "its result is gone"),
         }
     }
