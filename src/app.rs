@@ -43,6 +43,7 @@ use crate::switches;
 use crate::update::event::Answer;
 use crate::update::job::Reason;
 use crate::update::orders;
+use crate::update::tune;
 use crate::update::updater::{self, Desk, Updater};
 use crate::vision::nms;
 use crate::web::feed::Feed;
@@ -59,7 +60,6 @@ pub struct App {
     origin: Origin,
     started_us: i64,
     cores: Vec<usize>,
-    runtime: Option<Arc<Runtime>>,
     /// Why ONNX Runtime is missing, and with it models and the updater.
     no_runtime: Option<String>,
     slot: Arc<Slot>,
@@ -109,7 +109,8 @@ impl App {
             return Err(config::Invalid { file, problems: vec![problem] }.into());
         }
         let slot = Arc::new(Slot::default());
-        let (runtime, no_runtime) = match Runtime::load(config.inference.library.as_deref()) {
+        let library = tune::library(&config.inference, &config.device.state_dir);
+        let (runtime, no_runtime) = match Runtime::load(library.as_deref()) {
             Ok(runtime) => (Some(runtime), None),
             Err(e) => {
                 error!("no model yet: {e}");
@@ -146,10 +147,10 @@ impl App {
         let meter = Arc::new(Meter::default());
         let pulse = Arc::new(Pulse::default());
         let sampler = Arc::new(Sampler::default());
-        let parts = runtime.as_ref().map(|runtime| updater::Parts {
+        let parts = runtime.map(|runtime| updater::Parts {
             config: config.clone(),
             origin: origin.clone(),
-            runtime: Arc::clone(runtime),
+            runtime,
             cores: cores.clone(),
             slot: Arc::clone(&slot),
             meter: Arc::clone(&meter),
@@ -208,7 +209,6 @@ impl App {
             config,
             origin,
             cores,
-            runtime,
             no_runtime,
             slot,
             topics,
@@ -407,17 +407,19 @@ impl App {
 
     fn publish_status(&mut self, snapshot: &Snapshot) {
         let model = snapshot.live.as_ref().map(|live| {
-            let contract = live.model.contract();
+            let (contract, setting) = (live.model.contract(), live.model.setting());
             ModelStatus {
                 identity: live.model.identity().clone(),
                 epoch: live.epoch,
                 labels: contract.labels.clone(),
                 input: [contract.input.width, contract.input.height],
                 layout: contract.layout.name(),
-                provider: live.model.provider().name(),
-                runtime: self.runtime.as_ref().map_or(String::new(), |r| r.version().to_owned()),
-                threads: self.config.inference.threads,
+                provider: setting.provider.name(),
+                runtime: live.model.library().to_owned(),
+                threads: setting.threads,
+                spinning: setting.spinning,
                 cores: self.cores.clone(),
+                tuning: self.updater.as_ref().and_then(|u| u.desk().tuning()),
             }
         });
         let present = snapshot.cameras.iter().filter(|c| c.status.state != State::Removed);

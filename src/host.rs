@@ -74,3 +74,28 @@ pub fn cpu_seconds() -> f64 {
     let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
     seconds(usage.user_time()) + seconds(usage.system_time())
 }
+
+/// The machine as far as the speed of a model depends on it: its processor and its cores.
+pub fn machine() -> String {
+    let processor = processor("model name").unwrap_or_else(|| std::env::consts::ARCH.into());
+    format!("{processor}, {} cores", cores())
+}
+
+/// Cores of the machine, whatever this thread is pinned to.
+pub fn cores() -> usize {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    text.lines().filter(|line| line.starts_with("processor")).count().max(1)
+}
+
+/// Whether this is one of Intel's x86 processors.
+pub fn is_intel() -> bool {
+    processor("vendor_id").is_some_and(|vendor| vendor == "GenuineIntel")
+}
+
+/// What the kernel says of the first processor.
+fn processor(field: &str) -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let (_, value) =
+        text.lines().find_map(|l| l.split_once(':').filter(|(n, _)| n.trim() == field))?;
+    Some(value.trim().to_owned())
+}

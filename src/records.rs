@@ -182,8 +182,12 @@ pub struct ModelStatus {
     pub runtime: String,
     /// Threads of one run.
     pub threads: usize,
+    /// Whether its idle threads wait actively.
+    pub spinning: bool,
     /// Cores that the worker and its session are pinned to.
     pub cores: Vec<usize>,
+    /// With `provider = "auto"`: what was measured, and what became of it.
+    pub tuning: Option<serde_json::Value>,
 }
 
 /// What bounds the records.

@@ -285,7 +285,7 @@ const WRONG: &[Row] = &[
         VALID,
         "inference.provider",
         Some("\"gpu\""),
-        "inference.provider = \"gpu\": must be one of \"cpu\", \"openvino\", \"cuda\", \"tensorrt\"",
+        "inference.provider = \"gpu\": must be one of \"auto\", \"cpu\", \"openvino\", \"cuda\", \"tensorrt\"",
     ),
     (
         VALID,

@@ -192,7 +192,7 @@ fn an_edit_of_the_configuration_touches_only_the_cameras_that_it_names() {
         ("same", SMALL, ALL),
         ("told", SMALL, thinned),
     ];
-    reload(&site, &cameras, "[inference]\niou = 0.6\n");
+    reload(&site, &cameras, "[inference]\nprovider = \"cpu\"\niou = 0.6\n");
     site.service.says("reloaded; cameras added: new; changed: moved, told; removed: gone", 10);
     site.service.says("takes effect at the next start: inference.iou", 1);
     ["new", "same", "moved"].iter().for_each(|camera| site.until_more(camera, 20));

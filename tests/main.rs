@@ -22,6 +22,7 @@ mod rules;
 mod security;
 mod service;
 mod swap;
+mod tune;
 mod update;
 mod vision;
 mod web;

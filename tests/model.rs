@@ -7,6 +7,7 @@ use noblink::model::contract::Overrides;
 use noblink::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
 use noblink::model::file::ModelFile;
 use noblink::model::layout::Layout;
+use noblink::model::options::Setting;
 use noblink::model::refusal::{Code, Refusal};
 use noblink::model::runtime::Runtime;
 use noblink::model::slot::{Live, Slot};
@@ -302,7 +303,10 @@ fn the_slot_hands_out_what_was_put_in_last() {
 fn a_provider_that_the_library_lacks_is_an_error_not_a_fallback() {
     let detector = Detector::new(Output::Yolo8, 64, 64);
     let file = derive(detector.bytes()).expect("a detector");
-    let options = EngineOptions { provider: Provider::TensorRt, ..EngineOptions::default() };
+    let options = {
+        let setting = Setting { provider: Provider::TensorRt, ..Setting::default() };
+        EngineOptions { setting, ..EngineOptions::default() }
+    };
     let error = Model::build(&runtime(), &file, &options).expect_err("no GPU here").to_string();
     assert!(error.starts_with("provider tensorrt can't be used with /"), "{error}");
 }

@@ -1,7 +1,7 @@
 //! What passes between parent and child: lines of JSON, the ticket, dumps of frames.
 
 use noblink::update::gates::FrameDump;
-use noblink::update::gates::wire::{Line, Ticket};
+use noblink::update::gates::wire::{Line, Task, Ticket};
 use noblink::vision::letterbox::{Fit, Geometry};
 use noblink::vision::preprocess::{Order, Plan, Scale, Target};
 
@@ -23,7 +23,11 @@ pub fn check(data: &[u8]) {
         let printed = serde_json::to_vec(&ticket).expect("a ticket is plain data");
         let again: Ticket = serde_json::from_slice(&printed).expect("what is printed is read");
         assert_eq!((ticket.nonce, ticket.parent), (again.nonce, again.parent));
-        assert_eq!(ticket.request.frames, again.request.frames);
+        match (ticket.task, again.task) {
+            (Task::Prove(asked), Task::Prove(again)) => assert_eq!(asked.frames, again.frames),
+            (Task::Tune(asked), Task::Tune(again)) => assert_eq!(asked.pictures, again.pictures),
+            (asked, again) => panic!("{asked:?} became {again:?}"),
+        }
     }
     match FrameDump::read_from(data) {
         Ok(dump) => pictured(data, &dump),

@@ -12,7 +12,7 @@ use crate::camera::templates::Templates;
 use crate::config::{Broker, Config, External, NO_CAMERA};
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
-use crate::model::runtime::Runtime;
+use crate::model::runtime::{Runtime, library_for};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -72,7 +72,7 @@ fn live(config: &Config, templates: &Templates, sound: &mut Findings) -> anyhow:
         sound.note(&format!("camera {}", camera.id), report.map(|r| summary(&r)));
     }
     sound.note("broker", broker(&config.mqtt.broker));
-    let runtime = Runtime::load(config.inference.library.as_deref());
+    let runtime = Runtime::load(library_for(&config.inference).as_deref());
     match (&config.models.factory, runtime) {
         (_, Err(e)) => sound.note::<anyhow::Error>("ONNX Runtime", Err(e.into())),
         (None, Ok(_)) => println!("-        model: none is configured (models.factory)"),

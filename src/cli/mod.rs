@@ -9,6 +9,7 @@ mod push;
 mod registry;
 mod run;
 mod status;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ enum Command {
     Check(check::Args),
     /// Show what the running service does: cameras, model, job, link. Exits with 1 when none answers
     Status(status::Args),
+    /// Measure how a model runs fastest on this box, as `provider = "auto"` does
+    Tune(tune::Args),
     /// Look at a camera and print a [[camera]] block for it
     Probe(probe::Args),
     /// Look at models and send them
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Check(args) => check::run(args),
         Command::Status(args) => status::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Model(command) => model::run(command),
         Command::Bench(command) => bench::run(command),

@@ -54,7 +54,18 @@ fn model(model: &Value) -> String {
     let (width, height) = (&model["input"][0], &model["input"][1]);
     let (provider, threads) = (text(&model["provider"]), &model["threads"]);
     let digest = sha.get(..8).unwrap_or(sha);
-    format!("{id} {version} ({digest}), {width}x{height}, {provider}, {threads} threads")
+    let (s, spins) = match (threads.as_u64(), &model["spinning"]) {
+        (Some(1), _) => ("", ""),
+        (_, Value::Bool(true)) => ("s", ", spinning"),
+        _ => ("s", ""),
+    };
+    let mut text = format!(
+        "{id} {version} ({digest}), {width}x{height}, {provider}, {threads} thread{s}{spins}"
+    );
+    if let Some(how) = model["tuning"]["text"].as_str() {
+        text += &format!("\n        {}: {how}", self::text(&model["tuning"]["state"]));
+    }
+    text
 }
 
 fn job(job: &Value) -> String {

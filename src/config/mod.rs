@@ -128,9 +128,9 @@ pub enum Publish {
 /// `[inference]`
 #[derive(Debug, Clone)]
 pub struct Inference {
-    /// ONNX Runtime's execution provider.
-    pub provider: Provider,
-    /// Threads of one run, the worker's own among them.
+    /// ONNX Runtime's execution provider; `None` = `auto`: the fastest that agrees, measured here.
+    pub provider: Option<Provider>,
+    /// Threads of one run, the worker's own among them; with `auto` at most.
     pub threads: usize,
     /// Cores of the worker and of its session's threads; `None` = chosen from the machine.
     pub cores: Option<Vec<usize>>,
@@ -144,14 +144,7 @@ pub struct Inference {
 
 impl Default for Inference {
     fn default() -> Self {
-        Self {
-            provider: Provider::Cpu,
-            threads: 2,
-            cores: None,
-            confidence: 0.25,
-            iou: 0.7,
-            library: None,
-        }
+        Self { provider: None, threads: 2, cores: None, confidence: 0.25, iou: 0.7, library: None }
     }
 }
 
@@ -185,7 +178,7 @@ pub enum Provider {
 }
 
 impl Provider {
-    const NAMES: [(&str, Self); 4] = [
+    pub(crate) const NAMES: [(&str, Self); 4] = [
         ("cpu", Self::Cpu),
         ("openvino", Self::OpenVino),
         ("cuda", Self::Cuda),
@@ -431,7 +424,9 @@ fn outbox(mut s: Section<'_, '_>) -> Option<Outbox> {
 
 fn inference(mut s: Section<'_, '_>) -> Option<Inference> {
     let default = Inference::default();
-    let provider = s.choice("provider", &Provider::NAMES, default.provider);
+    let mut providers = vec![("auto", None)];
+    providers.extend(Provider::NAMES.map(|(name, provider)| (name, Some(provider))));
+    let provider = s.choice("provider", &providers, default.provider);
     let threads = s.integer("threads", 1..=64, Some(default.threads as i64));
     let cores = s.integers("cores", 0..=1023);
     let confidence = s.number("confidence", 0.01..=0.99, Some(0.25));

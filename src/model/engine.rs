@@ -26,9 +26,11 @@ use ort::value::{DynTensor, Tensor, ValueType};
 use super::contract::{Contract, Dtype, Overrides};
 use super::file::{Identity, ModelFile};
 use super::layout::Layout;
+use super::options::Setting;
+pub use super::options::{EngineOptions, OpenError};
 use super::refusal::{Code, Refusal};
 use super::runtime::Runtime;
-use crate::config::{Inference, Models, Provider};
+use crate::config::Provider;
 use crate::vision::decode::{self, Candidate, DecodeError};
 use crate::vision::letterbox::Geometry;
 use crate::vision::nms;
@@ -37,55 +39,6 @@ use crate::vision::preprocess::{Plan, PreprocessError, Target};
 
 /// Plans kept: one per size of picture, and cameras have few sizes.
 const PLANS_MAX: usize = 16;
-
-/// How sessions are built.
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    /// Execution provider.
-    pub provider: Provider,
-    /// Threads of one run, the caller's own among them; at least 1.
-    pub threads: usize,
-    /// Runs before the model counts as open: the first takes some 4 % longer, those after it don't.
-    pub warmup_runs: usize,
-    /// Operator domains allowed beyond the common ones.
-    pub custom_op_domains: Vec<String>,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self { provider: Provider::Cpu, threads: 2, warmup_runs: 1, custom_op_domains: Vec::new() }
-    }
-}
-
-impl EngineOptions {
-    /// As `[inference]` and `[models]` say.
-    pub fn of(inference: &Inference, models: &Models) -> Self {
-        Self {
-            provider: inference.provider,
-            threads: inference.threads,
-            custom_op_domains: models.custom_op_domains.clone(),
-            ..Self::default()
-        }
-    }
-}
-
-/// Why a model did not open.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum OpenError {
-    /// The model's fault.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// The machine's: the provider is not in the library, or its hardware is missing.
-    #[error("provider {} can't be used with {library}: {reason}", .provider.name())]
-    Provider {
-        /// The one asked for.
-        provider: Provider,
-        /// ONNX Runtime's library.
-        library: String,
-        /// ONNX Runtime's words.
-        reason: String,
-    },
-}
 
 /// Why a frame failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -134,7 +87,8 @@ pub struct Thresholds {
 pub struct Model {
     identity: Identity,
     contract: Contract,
-    provider: Provider,
+    setting: Setting,
+    library: String,
     whole: bool,
     state: Mutex<State>,
     options: RunOptions,
@@ -204,7 +158,7 @@ impl Model {
         let contract = file.contract.clone();
         let (session, whole) = match session(runtime, file, options, true) {
             // Some operators are not the provider's: the CPU takes them, and that is said.
-            Err(OpenError::Refused(_)) if options.provider != Provider::Cpu => {
+            Err(OpenError::Refused(_)) if options.setting.provider != Provider::Cpu => {
                 (session(runtime, file, options, false)?, false)
             }
             session => (session?, true),
@@ -215,7 +169,8 @@ impl Model {
         let model = Self {
             identity: file.identity.clone(),
             contract,
-            provider: options.provider,
+            setting: options.setting,
+            library: runtime.version().to_owned(),
             whole,
             state: Mutex::new(state),
             options: run_options,
@@ -235,12 +190,17 @@ impl Model {
         &self.contract
     }
 
-    /// The provider that its session was built with.
-    pub fn provider(&self) -> Provider {
-        self.provider
+    /// What its session was built with.
+    pub fn setting(&self) -> Setting {
+        self.setting
     }
 
-    /// Whether every node runs on [`provider`](Self::provider); else the CPU has some of them.
+    /// Version of the library that runs it.
+    pub fn library(&self) -> &str {
+        &self.library
+    }
+
+    /// Whether every node runs on the setting's provider; else the CPU has some of them.
     pub fn whole(&self) -> bool {
         self.whole
     }
@@ -286,14 +246,14 @@ fn session(
     options: &EngineOptions,
     whole: bool,
 ) -> Result<Session, OpenError> {
-    let mut builder = configure(runtime, &file.contract, options)
+    let mut builder = configure(runtime, &file.contract, options.setting)
         .map_err(|e| refused(file, "can't be configured", &e))?;
-    if let Some(provider) = dispatch(options) {
+    if let Some(provider) = dispatch(options.setting) {
         let library = runtime.library().display().to_string();
         let registered = builder.with_execution_providers([provider]);
         builder = registered.map_err(|e| {
             let reason = one_line(&e);
-            OpenError::Provider { provider: options.provider, library, reason }
+            OpenError::Provider { provider: options.setting.provider, library, reason }
         })?;
         if whole {
             builder = builder
@@ -314,15 +274,15 @@ fn refused(file: &ModelFile, what: &str, error: &ort::Error) -> Refusal {
 fn configure(
     runtime: &Runtime,
     contract: &Contract,
-    options: &EngineOptions,
+    setting: Setting,
 ) -> ort::Result<SessionBuilder> {
     let mut builder = Session::builder(&runtime.environment)?
         // The default prefers an NPU where there is one.
         .with_auto_device(AutoDevicePolicy::PreferCPU)?
-        .with_intra_threads(options.threads.max(1))?
+        .with_intra_threads(setting.threads.max(1))?
         .with_inter_threads(1)?
-        // Spinning burns a core between frames, which the decoder needs.
-        .with_intra_op_spinning(false)?
+        // Spinning burns a core between frames, which the decoder needs where there is no other.
+        .with_intra_op_spinning(setting.spinning)?
         .with_inter_op_spinning(false)?
         .with_thread_manager(runtime.nursery.clone())?
         .with_log_level(ort::logging::LogLevel::Warning)?;
@@ -332,12 +292,12 @@ fn configure(
     Ok(builder)
 }
 
-fn dispatch(options: &EngineOptions) -> Option<ep::ExecutionProviderDispatch> {
-    let provider = match options.provider {
+fn dispatch(setting: Setting) -> Option<ep::ExecutionProviderDispatch> {
+    let provider = match setting.provider {
         Provider::Cpu => return None,
         Provider::OpenVino => ep::OpenVINO::default()
             .with_device_type("CPU")
-            .with_num_threads(options.threads.max(1))
+            .with_num_threads(setting.threads.max(1))
             .build(),
         Provider::Cuda => ep::CUDA::default().build(),
         Provider::TensorRt => ep::TensorRT::default().build(),
@@ -484,7 +444,7 @@ impl Runner<'_> {
         let state = &mut *self.state;
         let result = (|| {
             // Elsewhere than on the CPU the data is copied to the device when it is bound.
-            if model.provider != Provider::Cpu {
+            if model.setting.provider != Provider::Cpu {
                 state.bind_input(&model.contract.input.name)?;
             }
             let outputs = state.session.run_binding_with_options(&state.binding, &model.options)?;

@@ -1,5 +1,5 @@
 //! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
-//! `labels`), how it runs (`engine`, `runtime`) and where the running one is found (`slot`).
+//! `labels`), how it runs (`options`, `engine`, `runtime`) and where the running one is found (`slot`).
 
 pub mod contract;
 pub mod engine;
@@ -9,6 +9,7 @@ pub mod inspect;
 pub mod labels;
 pub mod layout;
 pub mod onnx;
+pub mod options;
 pub mod refusal;
 pub mod runtime;
 pub mod slot;

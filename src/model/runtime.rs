@@ -8,12 +8,16 @@ use std::thread::{Builder, JoinHandle};
 
 use crossbeam_channel::{Sender, bounded};
 use ort::environment::{Environment, ThreadManager};
+use ort::ep::{self, ExecutionProvider};
 use ort::logging::LogLevel;
 
 use crate::affinity;
+use crate::config::{Inference, Provider};
 
-/// Where packages install the library.
-const SYSTEM_DIR: &str = "/usr/lib/noblink";
+/// Where packages install the library, and Intel's build of it.
+const SYSTEM_DIRS: [&str; 2] = ["/usr/lib/noblink", "/usr/lib/noblink/openvino"];
+/// The same in a checkout.
+const CHECKOUT_DIRS: [&str; 2] = ["lib/onnxruntime", "lib/onnxruntime-openvino"];
 /// Folders above the program in which `lib/onnxruntime` is looked for: `target/debug/deps` of a
 /// checkout is three below it.
 const ANCESTORS_MAX: usize = 4;
@@ -37,7 +41,7 @@ pub enum RuntimeError {
     #[error(
         "ONNX Runtime's library was not found; looked for libonnxruntime.so* in {}. \
          Run `make build` in the project's folder, or name it: inference.library in the \
-         configuration, or ORT_DYLIB_PATH", places(.0)
+         configuration, or ORT_DYLIB_PATH", joined(.0)
     )]
     NotFound(Vec<PathBuf>),
     /// It is there, but does not load.
@@ -50,7 +54,15 @@ pub enum RuntimeError {
     },
 }
 
-fn places(places: &[PathBuf]) -> String {
+impl RuntimeError {
+    /// There is none: what was looked for.
+    pub fn missing(library: Option<&Path>) -> Self {
+        let places = || [places(0), places(1)].concat();
+        Self::NotFound(named(library).map_or_else(places, |path| vec![path]))
+    }
+}
+
+fn joined(places: &[PathBuf]) -> String {
     places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
@@ -86,6 +98,18 @@ impl Runtime {
     /// The library's file.
     pub fn library(&self) -> &Path {
         &self.library
+    }
+
+    /// The providers that the library was built with; whether this box has what they need shows
+    /// when a session is built.
+    pub fn providers(&self) -> Vec<Provider> {
+        let has = |provider: &Provider| match provider {
+            Provider::Cpu => true,
+            Provider::OpenVino => ep::OpenVINO::is_available().unwrap_or(false),
+            Provider::Cuda => ep::CUDA::is_available().unwrap_or(false),
+            Provider::TensorRt => ep::TensorRT::is_available().unwrap_or(false),
+        };
+        Provider::NAMES.into_iter().map(|(_, provider)| provider).filter(has).collect()
     }
 
     /// The library's version, as its file name says it (`1.32.0`), else `unknown`: `ort` checks
@@ -146,12 +170,34 @@ impl ThreadManager for Nursery {
     }
 }
 
+/// The file that is asked for: by the configuration, else by `ORT_DYLIB_PATH`.
+pub fn named(library: Option<&Path>) -> Option<PathBuf> {
+    let environment = || std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty());
+    library.map(Path::to_owned).or_else(|| environment().map(PathBuf::from))
+}
+
+/// The libraries that models may run in here: the one named, else ONNX Runtime's own build and
+/// behind it Intel's, as far as they are installed.
+pub fn installed(library: Option<&Path>) -> Vec<PathBuf> {
+    match named(library) {
+        Some(_) => find(library).into_iter().collect(),
+        None => [plain(), openvino()].into_iter().flatten().collect(),
+    }
+}
+
+/// The library to load when nothing is known of this box: the one named, else that which has the
+/// provider. `auto` takes Intel's build on Intel's processors: its CPU provider is the reference
+/// there, and the way from it to OpenVINO needs no restart.
+pub fn library_for(inference: &Inference) -> Option<PathBuf> {
+    let wants_openvino = match inference.provider {
+        Some(provider) => provider == Provider::OpenVino,
+        None => crate::host::is_intel(),
+    };
+    named(inference.library.as_deref()).or_else(|| openvino().filter(|_| wants_openvino))
+}
+
 fn find(library: Option<&Path>) -> Result<PathBuf, RuntimeError> {
-    let named = library.map(Path::to_owned);
-    let named = named.or_else(|| {
-        std::env::var_os("ORT_DYLIB_PATH").filter(|p| !p.is_empty()).map(PathBuf::from)
-    });
-    if let Some(path) = named {
+    if let Some(path) = named(library) {
         // A file that is named is taken or complained about, never passed over.
         let found = if path.is_dir() { newest(&path) } else { Some(path.clone()) };
         return found
@@ -159,15 +205,22 @@ fn find(library: Option<&Path>) -> Result<PathBuf, RuntimeError> {
             .and_then(|p| std::path::absolute(p).ok())
             .ok_or(RuntimeError::NotFound(vec![path]));
     }
+    plain().ok_or_else(|| RuntimeError::NotFound(places(0)))
+}
+
+fn plain() -> Option<PathBuf> {
+    places(0).iter().find_map(|dir| newest(dir))
+}
+
+fn openvino() -> Option<PathBuf> {
+    places(1).iter().find_map(|dir| newest(dir))
+}
+
+/// Where a build is looked for; 0 = ONNX Runtime's own, 1 = Intel's.
+fn places(build: usize) -> Vec<PathBuf> {
     let program = std::env::current_exe().unwrap_or_default();
-    let mut places: Vec<_> = program
-        .ancestors()
-        .skip(1)
-        .take(ANCESTORS_MAX)
-        .map(|dir| dir.join("lib/onnxruntime"))
-        .collect();
-    places.push(SYSTEM_DIR.into());
-    places.iter().find_map(|dir| newest(dir)).ok_or(RuntimeError::NotFound(places))
+    let checkouts = program.ancestors().skip(1).take(ANCESTORS_MAX);
+    checkouts.map(|dir| dir.join(CHECKOUT_DIRS[build])).chain([SYSTEM_DIRS[build].into()]).collect()
 }
 
 /// `libonnxruntime.so` in a folder, else the one with the highest version behind it.
@@ -189,7 +242,8 @@ fn newest(dir: &Path) -> Option<PathBuf> {
         .max_by_key(|path| version(path))
 }
 
-fn version_of(library: &Path) -> String {
+/// A library's version, as its file name says it.
+pub fn version_of(library: &Path) -> String {
     let file = library.canonicalize().unwrap_or_else(|_| library.to_owned());
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     name.split_once(".so.").map_or("unknown", |(_, version)| version).to_owned()

@@ -15,6 +15,7 @@ use super::machine::step;
 use super::manifest::Manifest;
 use super::registry::{Model, Registry};
 use super::store::{Store, StoreError};
+use super::tune::Tuning;
 
 /// Changes that wait for a disk that can't be written.
 const UNSAVED_MAX: usize = 1024;
@@ -113,6 +114,11 @@ impl Keeper {
     /// Writes a model down, or what became known of it.
     pub fn put_model(&mut self, model: &Model) -> Result<(), StoreError> {
         self.registry.put_model(model)
+    }
+
+    /// Writes down what was measured for a model.
+    pub fn put_tuning(&mut self, tuning: &Tuning) -> Result<(), StoreError> {
+        self.registry.put_tuning(tuning)
     }
 
     /// Moves the machine and commits; returns what is left to do, in order.

@@ -35,6 +35,7 @@ pub mod signature;
 mod start;
 pub mod steps;
 pub mod store;
+pub mod tune;
 pub mod updater;
 pub mod watch;
 

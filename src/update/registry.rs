@@ -1,4 +1,4 @@
-//! `registry.db`: models, jobs, the slot, quarantine, breakers. Its transaction is the commit point.
+//! `registry.db`: models, jobs, the slot, quarantine, breakers, tunings. Its transaction is the commit point.
 //!
 //! SQLite with `synchronous=FULL` in WAL mode: a commit is one append and one fsync (a rollback
 //! journal takes three), and it is durable when it returns; in DELETE mode the removal of the
@@ -9,14 +9,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::event::Change;
 use super::failpoint;
-use super::job::{ENDED_MAX, Ended, Job, JobState, Millis, Reason, State, Way};
+use super::job::{ENDED_MAX, Ended, Job, JobState, Millis, Reason, Slot, State, Way};
 use super::store::{StoreError, sync_dir};
+use super::tune::Tuning;
 
 /// `PRAGMA user_version`
 const FORMAT: i64 = 1;
@@ -34,6 +35,16 @@ CREATE TABLE quarantine (
 CREATE TABLE breakers (way TEXT PRIMARY KEY, doc TEXT NOT NULL);
 CREATE TABLE facts (name TEXT PRIMARY KEY, doc TEXT NOT NULL);
 ";
+
+/// What was measured on this box. Made where it is missing, without another format: a version that
+/// does not know it needs none, and what is lost is measured again.
+const TUNINGS: &str = "
+CREATE TABLE IF NOT EXISTS tunings (
+  model TEXT NOT NULL, place TEXT NOT NULL, at INTEGER NOT NULL, doc TEXT NOT NULL,
+  PRIMARY KEY (model, place));
+";
+/// Results that are kept: the newest.
+const TUNINGS_MAX: usize = 200;
 
 /// A model that the store holds, or held.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -112,6 +123,7 @@ impl Registry {
             FORMAT => {}
             newer => return Err(Opening::Newer(newer)),
         }
+        turn.execute_batch(TUNINGS)?;
         turn.commit()?;
         let check: String = db.pragma_query_value(None, "quick_check", |r| r.get(0))?;
         if check != "ok" {
@@ -192,6 +204,35 @@ impl Registry {
         Ok(())
     }
 
+    /// Writes down what was measured for a model.
+    pub fn put_tuning(&mut self, tuning: &Tuning) -> Result<(), StoreError> {
+        let put = || -> rusqlite::Result<()> {
+            let sql = "INSERT OR REPLACE INTO tunings VALUES (?1, ?2, ?3, ?4)";
+            let model = tuning.model.to_string();
+            self.db.execute(sql, params![model, tuning.place, tuning.at, text(tuning)])?;
+            let sql = "DELETE FROM tunings WHERE rowid NOT IN \
+                       (SELECT rowid FROM tunings ORDER BY at DESC LIMIT ?1)";
+            self.db.execute(sql, [TUNINGS_MAX as i64]).map(drop)
+        };
+        put().map_err(database(&self.path))
+    }
+
+    /// What was measured for a model here; one that can't be read is none.
+    pub fn tuning(&self, model: &Digest, place: &str) -> Option<Tuning> {
+        tuning(&self.db, model, place)
+    }
+
+    /// The active model and what was measured for it, of a registry that is not open. Nothing is
+    /// made or repaired.
+    pub fn peek(state_dir: &Path, place: &str) -> Option<(Digest, Option<Tuning>)> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let db = Connection::open_with_flags(state_dir.join("registry.db"), flags).ok()?;
+        let sql = "SELECT doc FROM facts WHERE name = 'slot'";
+        let slot: String = db.query_row(sql, [], |r| r.get(0)).ok()?;
+        let model = serde_json::from_str::<Slot>(&slot).ok()?.active?;
+        Some((model, tuning(&db, &model, place)))
+    }
+
     /// A model by its digest.
     pub fn model(&self, digest: &Digest) -> Result<Option<Model>, StoreError> {
         let sql = "SELECT doc FROM models WHERE sha256 = ?1";
@@ -235,6 +276,12 @@ impl Registry {
         };
         read().map_err(database(&self.path))
     }
+}
+
+fn tuning(db: &Connection, model: &Digest, place: &str) -> Option<Tuning> {
+    let sql = "SELECT doc FROM tunings WHERE model = ?1 AND place = ?2";
+    let doc = db.query_row(sql, [&model.to_string(), place], |r| r.get::<_, String>(0)).ok()?;
+    serde_json::from_str(&doc).ok()
 }
 
 fn write(turn: &Transaction<'_>, change: &Change) -> rusqlite::Result<()> {

@@ -1,9 +1,10 @@
 //! The steps of a job that take time, each on a thread of its own with the worker's cores: fetch,
 //! verify, prove, load. They touch nothing that runs and can be abandoned.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use base64::Engine as _;
@@ -23,6 +24,7 @@ use super::store::{Store, StoreError};
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
 use crate::model::file::ModelFile;
+use crate::model::options::Setting;
 use crate::model::runtime::Runtime;
 use crate::mqtt::board::Board;
 use crate::mqtt::link::Inbound;
@@ -95,21 +97,23 @@ impl Running {
 pub struct Bench {
     /// ONNX Runtime.
     pub runtime: Arc<Runtime>,
-    /// How sessions are built.
+    /// How sessions are built; its setting is the reference.
     pub options: EngineOptions,
     /// The worker's cores.
     pub cores: Vec<usize>,
     /// The blobs.
     pub store: Store,
+    /// Models that were proved with the reference, as the active model's setting failed them.
+    pub plain: Arc<Mutex<BTreeSet<Digest>>>,
 }
 
 impl Bench {
     /// Runs `step` on a thread; its end goes to `ends`.
-    pub fn run(
+    pub fn run<End: Send + 'static>(
         &self,
         serial: u64,
-        ends: &Sender<(u64, StepEnd)>,
-        step: impl FnOnce(&Self, &Arc<AtomicBool>) -> StepEnd + Send + 'static,
+        ends: &Sender<(u64, End)>,
+        step: impl FnOnce(&Self, &Arc<AtomicBool>) -> End + Send + 'static,
     ) -> std::io::Result<Running> {
         let cancel = Arc::new(AtomicBool::new(false));
         let (bench, ends, flag) = (self.clone(), ends.clone(), Arc::clone(&cancel));
@@ -145,11 +149,28 @@ impl Bench {
         })
     }
 
-    /// Builds and warms a session.
-    pub fn build(&self, file: &ModelFile) -> Result<Arc<Model>, Reason> {
-        Model::build(&self.runtime, file, &self.options)
+    /// Builds and warms a session; with the reference where this setting can't be had.
+    pub fn build(&self, file: &ModelFile, setting: Setting) -> Result<Arc<Model>, Reason> {
+        let reference = self.options.setting;
+        let built = self.build_as(file, setting);
+        if let (Err(why), true) = (&built, setting != reference) {
+            tracing::warn!("{}: {setting} can't be used: {why}", file.identity.id);
+            return self.build_as(file, reference);
+        }
+        built
+    }
+
+    /// The same, or nothing.
+    pub fn build_as(&self, file: &ModelFile, setting: Setting) -> Result<Arc<Model>, Reason> {
+        let options = EngineOptions { setting, ..self.options.clone() };
+        Model::build(&self.runtime, file, &options)
             .map(Arc::new)
             .map_err(|e| Reason::new("unloadable", e.to_string()))
+    }
+
+    /// Whether only the reference was found good for this model when it was proved.
+    pub fn is_plain(&self, digest: &Digest) -> bool {
+        self.plain.lock().expect("nothing panics while it holds them").contains(digest)
     }
 }
 
@@ -231,6 +252,7 @@ pub fn verify(
 
 /// The child process. Where no calibration folder is configured it gets live frames to look at.
 pub fn prove(
+    bench: &Bench,
     mut request: Request,
     limits: &Limits,
     live: impl FnOnce(&AtomicBool) -> LiveFrames,
@@ -241,7 +263,18 @@ pub fn prove(
         _ => LiveFrames::default(),
     };
     request.frames = frames.files().to_vec();
-    let outcome = gates::proving::run(&request, limits, cancel);
+    let mut outcome = gates::proving::run(&request, limits, cancel);
+    let reference = bench.options.setting;
+    if let (End::Refused { reason, .. }, true) = (&outcome.end, request.engine.setting != reference)
+    {
+        // Perhaps not the model's doing: the verdict that counts is the reference's.
+        let setting = std::mem::replace(&mut request.engine.setting, reference);
+        tracing::warn!("refused with {setting}, is proved again with {reference}: {reason}");
+        outcome = gates::proving::run(&request, limits, cancel);
+        if let (End::Accepted { .. }, Some(digest)) = (&outcome.end, request.candidate.sha256) {
+            bench.plain.lock().expect("nothing panics while it holds them").insert(digest);
+        }
+    }
     match outcome.end {
         End::Accepted { ask } => StepEnd::done(Step::Proved { ask }, outcome.gates),
         End::Refused { how, reason, quarantine } => {
@@ -253,12 +286,17 @@ pub fn prove(
 }
 
 /// Builds and warms the session.
-pub fn load(bench: &Bench, digest: &Digest, known: Option<&registry::Model>) -> StepEnd {
+pub fn load(
+    bench: &Bench,
+    digest: &Digest,
+    known: Option<&registry::Model>,
+    setting: Setting,
+) -> StepEnd {
     let file = match bench.file(digest, &name_of(digest, known), &described(known)) {
         Ok(file) => file,
         Err(end) => return end,
     };
-    match bench.build(&file) {
+    match bench.build(&file, setting) {
         Ok(model) => {
             StepEnd::Done { step: Step::Loaded, gates: Vec::new(), model: Some(model), known: None }
         }

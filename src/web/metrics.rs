@@ -224,6 +224,14 @@ fn models(w: &mut Writer, seen: &Seen) {
         let sha256 = id.sha256.to_string();
         info.add(&[("model", &id.id), ("version", &id.version), ("sha256", &sha256)], 1.0);
     }
+    let help = "What runs the model.";
+    let mut provider = w.family("noblink_inference_provider_info", "gauge", help);
+    if let Some(live) = &seen.snapshot.live {
+        let setting = live.model.setting();
+        let (name, library) = (setting.provider.name(), live.model.library());
+        let threads = setting.threads.to_string();
+        provider.add(&[("provider", name), ("library", library), ("threads", &threads)], 1.0);
+    }
     let epoch = seen.snapshot.live.as_ref().map_or(0, |live| live.epoch);
     w.single("noblink_model_epoch", "gauge", "Swaps since the store was made.", epoch as f64);
     let mut ended = BTreeMap::<String, u64>::new();

@@ -34,7 +34,10 @@ pub fn config(mqtt: &str, cameras: &[(&str, &str, &str)], rest: &str) -> String 
     }
     // Many services at once: the usual port is one.
     let web = if rest.contains("[web]") { "" } else { "\n[web]\nlisten = \"off\"\n" };
-    text + rest + web
+    // What `auto` measures is a test of its own.
+    let fixed = "\n[inference]\nprovider = \"cpu\"\n";
+    let inference = if rest.contains("[inference]") { "" } else { fixed };
+    text + rest + inference + web
 }
 
 /// `[models]` with the demo's model.

@@ -21,7 +21,8 @@ use crate::host::Host;
 use crate::meter::Meter;
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
-use crate::model::runtime::Runtime;
+use crate::model::options::Setting;
+use crate::model::runtime::{Runtime, library_for};
 use crate::model::slot::{Live, Slot};
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::topics::Topics;
@@ -140,14 +141,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
 
     let decode_cpu_ms = bare_decode(&source, frames)?;
     affinity::pin(&cores).map_err(|e| anyhow!(e))?;
-    let runtime = Runtime::load(None)?;
-    let options = EngineOptions { provider, threads, ..EngineOptions::default() };
+    let inference = Inference { provider: Some(provider), ..Inference::default() };
+    let runtime = Runtime::load(library_for(&inference).as_deref())?;
+    let setting = Setting { provider, threads, spinning: false };
+    let options = EngineOptions { setting, ..EngineOptions::default() };
     let model = Model::open(&runtime, &model, &options, &Overrides::default())?;
     let model = Arc::new(model);
     let bare_before_ms = bare_runs(&source, &model)?;
 
     let name = format!("{} version {}", model.identity().id, model.identity().version);
-    let provider = model.provider().name();
+    let provider = provider.name();
     let bench = Bench::start(&source, Some(Arc::clone(&model)))?;
     bench.wait_until(|l| l.inferred, WARM_UP)?;
     bench.meter.take_window();

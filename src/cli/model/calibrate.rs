@@ -13,7 +13,7 @@ use crate::camera::grab;
 use crate::config::Config;
 use crate::model::contract::Overrides;
 use crate::model::engine::{Detection, EngineOptions, Model, Thresholds};
-use crate::model::runtime::Runtime;
+use crate::model::runtime::{Runtime, library_for};
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
@@ -54,7 +54,7 @@ fn calibrate(args: &Args, config: &Config) -> anyhow::Result<()> {
         "no model makes the first labels: name one with --active FILE, or models.factory in the \
          configuration",
     )?;
-    let runtime = Runtime::load(config.inference.library.as_deref())?;
+    let runtime = Runtime::load(library_for(&config.inference).as_deref())?;
     let options = EngineOptions::of(&config.inference, &config.models);
     let model = Model::open(&runtime, path, &options, &Overrides::default())?;
     prepare(&args.out, &model.contract().labels)?;

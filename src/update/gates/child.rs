@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::super::job::{Gate, Reason, Verdict};
+use super::super::tune;
 use super::agreement::{Agreement, Labelled};
 use super::calibration::{self, Marks};
 use super::confine::{self, Allowance, process_cpu};
@@ -22,7 +23,7 @@ use super::frame::FrameDump;
 use super::latency::{self, Run, Times, WARM_UP};
 use super::request::{Request, Subject};
 use super::score::{self, Finding, Tally};
-use super::wire::{Fault, Line, Report, Step, Ticket, Who, Work};
+use super::wire::{Fault, Line, Report, Step, Task, Ticket, Who, Work};
 use super::{GATES, failed, gate, shift, skipped};
 use crate::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
 use crate::model::file::ModelFile;
@@ -53,8 +54,17 @@ pub fn main() -> ExitCode {
     });
     match confined {
         Ok((ticket, confinement, allowance)) => {
-            let report = Proof::new(&ticket.request, allowance).run(ticket.nonce, confinement);
-            say(&Line::Report(Box::new(report)));
+            let nonce = ticket.nonce;
+            match ticket.task {
+                Task::Prove(request) => {
+                    let report = Proof::new(&request, allowance).run(nonce, confinement);
+                    say(&Line::Report(Box::new(report)));
+                }
+                Task::Tune(ask) => {
+                    let measured = tune::measure(&ask, &allowance);
+                    say(&Line::Measured { nonce, measured });
+                }
+            }
             ExitCode::SUCCESS
         }
         Err(why) => {
@@ -64,7 +74,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn say(line: &Line) {
+pub(in crate::update) fn say(line: &Line) {
     println!("{}", serde_json::to_string(line).expect("lines are plain data"));
 }
 
@@ -217,9 +227,9 @@ impl<'a> Proof<'a> {
         self.phase("examine", began);
         let online = confinement["offline"] != true;
         let numbers = json!({
-            "provider": bench.model.provider(),
+            "provider": bench.model.setting().provider,
             "all_nodes_there": bench.model.whole(),
-            "threads": self.request.engine.threads,
+            "threads": self.request.engine.setting.threads,
             "runtime": runtime.version(),
             "frames": watch.frames,
             "output_varies": watch.varied,
@@ -269,8 +279,7 @@ impl<'a> Proof<'a> {
             return Err(machine("digest_mismatch", message));
         }
         let options = EngineOptions {
-            provider: engine.provider,
-            threads: engine.threads,
+            setting: engine.setting,
             custom_op_domains: domains.clone(),
             ..EngineOptions::default()
         };
@@ -475,7 +484,8 @@ impl<'a> Proof<'a> {
         self.phase("latency", began);
         let engine = &self.request.engine;
         let allowed = crate::affinity::allowed().len().max(1);
-        let cores = engine.cores.as_ref().map_or(allowed, Vec::len).min(engine.threads).max(1);
+        let cores =
+            engine.cores.as_ref().map_or(allowed, Vec::len).min(engine.setting.threads).max(1);
         self.judged(latency::judge(rules, cores, mine, theirs))
     }
 }

@@ -30,7 +30,7 @@ pub(super) fn confine(ticket: &Ticket) -> Result<(Value, Allowance), String> {
     // The kernel takes this process before any other when memory runs out.
     let oom = fs::write("/proc/self/oom_score_adj", "1000");
     let niced = host::lower_priority(ticket.nice);
-    if let Some(cores) = &ticket.request.engine.cores {
+    if let Some(cores) = &ticket.cores {
         affinity::pin(cores)?;
     }
     let namespace = leave_network();
@@ -59,7 +59,7 @@ pub(super) fn confine(ticket: &Ticket) -> Result<(Value, Allowance), String> {
 /// CPU time, a step at a time: what is spent in one is given back for the next, so that a folder of
 /// many pictures takes its time while a model that never returns does not.
 #[derive(Debug)]
-pub(super) struct Allowance {
+pub(in crate::update) struct Allowance {
     step_s: u64,
     hard_s: u64,
 }
@@ -74,7 +74,7 @@ impl Allowance {
     }
 
     /// From now on a step's time may be spent.
-    pub(super) fn renew(&self) -> nix::Result<()> {
+    pub(in crate::update) fn renew(&self) -> nix::Result<()> {
         // The kernel compares whole seconds: one more, so that a step never has less than it may.
         let used = process_cpu().as_secs() + 1;
         let soft = (used + self.step_s).min(self.hard_s);
@@ -83,8 +83,24 @@ impl Allowance {
 }
 
 /// CPU time of all threads of this process.
-pub(super) fn process_cpu() -> Duration {
+pub(in crate::update) fn process_cpu() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+/// Whether memory that was written may be executed: `MemoryDenyWriteExecute=yes` of the unit forbids it.
+pub(in crate::update) fn may_make_code() -> bool {
+    let (size, write) = (4096, libc::PROT_READ | libc::PROT_WRITE);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a page of its own, which nobody else knows and which goes again at once.
+    unsafe {
+        let page = libc::mmap(std::ptr::null_mut(), size, write, flags, -1, 0);
+        if page == libc::MAP_FAILED {
+            return false;
+        }
+        let may = libc::mprotect(page, size, write | libc::PROT_EXEC) == 0;
+        libc::munmap(page, size);
+        may
+    }
 }
 
 fn ignore_file_size_signal() -> Result<(), String> {

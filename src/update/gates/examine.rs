@@ -6,7 +6,7 @@ use super::frame::FrameDump;
 use crate::model::layout::Layout;
 
 /// The frames, as large as the model's input.
-pub(super) fn frames(width: usize, height: usize) -> Vec<FrameDump> {
+pub(in crate::update) fn frames(width: usize, height: usize) -> Vec<FrameDump> {
     let flat =
         |name: &str, grey| FrameDump::rgb(name, width, height, vec![grey; 3 * width * height]);
     let mut frames = vec![flat("the black frame", 0), flat("the white frame", 255)];

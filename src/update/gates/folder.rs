@@ -22,24 +22,24 @@ pub struct Truth {
 
 /// A picture of the folder.
 #[derive(Debug, Clone)]
-pub(super) struct Sample {
-    pub(super) image: PathBuf,
+pub(in crate::update) struct Sample {
+    pub(in crate::update) image: PathBuf,
     /// `None` = nobody labelled it; empty = nothing is in it.
     pub(super) truth: Option<Vec<Truth>>,
 }
 
 /// A folder, read and checked; its pictures are not decoded yet.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Folder {
+pub(in crate::update) struct Folder {
     pub(super) names: Vec<String>,
-    pub(super) samples: Vec<Sample>,
+    pub(in crate::update) samples: Vec<Sample>,
     /// Pictures beyond [`PICTURES_MAX`].
     pub(super) left_out: usize,
 }
 
 impl Folder {
     /// Reads a folder; the error completes "the calibration folder DIR …".
-    pub(super) fn read(dir: &Path) -> Result<Self, String> {
+    pub(in crate::update) fn read(dir: &Path) -> Result<Self, String> {
         let images = dir.join("images");
         let entries =
             std::fs::read_dir(&images).map_err(|e| format!("has no readable images/: {e}"))?;

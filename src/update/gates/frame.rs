@@ -100,7 +100,7 @@ impl FrameDump {
     }
 
     /// Packed RGB, three bytes a pixel.
-    pub(super) fn rgb(name: &str, width: usize, height: usize, data: Vec<u8>) -> Self {
+    pub(in crate::update) fn rgb(name: &str, width: usize, height: usize, data: Vec<u8>) -> Self {
         assert_eq!(data.len(), 3 * width * height, "three bytes a pixel");
         let head = Head {
             schema: SCHEMA.into(),
@@ -199,7 +199,7 @@ impl FrameDump {
     }
 
     /// Decodes a JPEG or PNG file.
-    pub(super) fn decode(file: &Path) -> Result<Self, DumpError> {
+    pub(in crate::update) fn decode(file: &Path) -> Result<Self, DumpError> {
         let wrong = |why: String| DumpError { file: file.to_owned(), why };
         let read = || -> std::io::Result<Vec<u8>> {
             let mut bytes = Vec::new();

@@ -14,21 +14,22 @@
 mod agreement;
 mod calibration;
 mod child;
-mod confine;
+pub(super) mod confine;
 mod content;
-mod examine;
+pub(super) mod examine;
 pub mod folder;
 mod frame;
 mod latency;
 mod probation;
 pub mod proving;
 mod request;
-mod score;
-mod shift;
+pub(super) mod score;
+pub(super) mod shift;
 pub mod wire;
 
 use serde_json::{Value, json};
 
+pub(super) use child::say;
 pub use child::{LIVE_FRAMES_MAX, main as prove};
 pub use content::{Content, Rules, examine as content};
 pub use frame::{DumpError, FrameDump};
@@ -41,6 +42,12 @@ use super::job::{Gate, Reason, Verdict};
 /// Gates between identity and probation, in the order of the report.
 pub const GATES: [&str; 7] =
     ["structure", "contract", "proving", "calibration", "shift", "agreement", "latency"];
+
+/// The first pictures of a calibration folder; one that can't be read has none.
+pub fn pictures(dir: &std::path::Path, most: usize) -> Vec<std::path::PathBuf> {
+    let folder = folder::Folder::read(dir).unwrap_or_default();
+    folder.samples.into_iter().take(most).map(|sample| sample.image).collect()
+}
 
 fn gate(gate: &'static str, verdict: Verdict, message: impl Into<String>, numbers: Value) -> Gate {
     Gate { gate: gate.into(), verdict, message: message.into(), numbers }

@@ -26,11 +26,13 @@ use serde_json::json;
 
 use super::super::event::Stopped;
 use super::super::job::{Gate, Reason};
+use super::super::tune::Measured;
 use super::request::Request;
-use super::wire::{Fault, Line, Report, Step, Ticket, Who};
+use super::wire::{Fault, Line, Report, Step, Task, Ticket, Who};
 use super::{GATES, failed, skipped};
 use crate::config::Models;
 use crate::host;
+use crate::model::options::Setting;
 use crate::records::rounded;
 
 /// How often the child's memory is looked at. It can grow by 30 MB in between.
@@ -124,7 +126,8 @@ impl End {
 pub fn run(request: &Request, limits: &Limits, cancel: &AtomicBool) -> Outcome {
     let began = Instant::now();
     let mut seen = Seen::default();
-    let end = match watch(request, limits, cancel, began, &mut seen) {
+    let task = Task::Prove(Box::new(request.clone()));
+    let end = match watch(task, request.engine.cores.clone(), limits, cancel, began, &mut seen) {
         Ok((status, killed)) => judge(&mut seen, limits, status, killed),
         Err(why) => {
             End::refused(Stopped::Failed, "proving_failed", format!("no child: {why}"), false)
@@ -142,7 +145,7 @@ pub fn run(request: &Request, limits: &Limits, cancel: &AtomicBool) -> Outcome {
 
 /// Why the parent killed the child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Killed {
+pub(in crate::update) enum Killed {
     Memory,
     Wall,
     Canceled,
@@ -150,23 +153,27 @@ enum Killed {
 
 /// What was seen of a child.
 #[derive(Debug, Default)]
-struct Seen {
+pub(in crate::update) struct Seen {
     nonce: String,
     step: Option<Step>,
     gates: Vec<Gate>,
     report: Option<Report>,
+    /// What a tuning tried last, and what it measured.
+    pub(in crate::update) trying: Option<Setting>,
+    pub(in crate::update) measured: Option<Measured>,
     /// A report came with another nonce.
     forged: bool,
     memory_peak: u64,
     /// The kernel's count of processes killed for memory went up.
     out_of_memory: bool,
-    last_words: String,
+    pub(in crate::update) last_words: String,
     phases_ms: BTreeMap<String, f64>,
 }
 
 /// Starts the child and stays with it to its end.
-fn watch(
-    request: &Request,
+pub(in crate::update) fn watch(
+    task: Task,
+    cores: Option<Vec<usize>>,
     limits: &Limits,
     cancel: &AtomicBool,
     began: Instant,
@@ -175,14 +182,15 @@ fn watch(
     let mut random = [0u8; 16];
     getrandom::fill(&mut random).map_err(|e| std::io::Error::other(e.to_string()))?;
     seen.nonce = random.iter().map(|b| format!("{b:02x}")).collect();
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let most = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let ticket = serde_json::to_vec(&Ticket {
         nonce: seen.nonce.clone(),
         parent: std::process::id() as i32,
         cpu_s: limits.cpu_s,
-        cpu_total_s: limits.cpu_s + 1 + limits.wall.as_secs() * cores,
+        cpu_total_s: limits.cpu_s + 1 + limits.wall.as_secs() * most,
         nice: limits.nice,
-        request: request.clone(),
+        cores,
+        task,
     })?;
     let kept = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let killed_before = field("/proc/vmstat", "oom_kill ");
@@ -295,6 +303,11 @@ impl Seen {
             Line::Gate(gate) => self.gates.push(gate),
             Line::Report(report) if report.nonce == self.nonce => self.report = Some(*report),
             Line::Report(_) => self.forged = true,
+            Line::Trying(setting) => self.trying = Some(setting),
+            Line::Measured { nonce, measured } if nonce == self.nonce => {
+                self.measured = Some(measured);
+            }
+            Line::Measured { .. } => self.forged = true,
         }
     }
 
@@ -365,7 +378,7 @@ fn judge(seen: &mut Seen, limits: &Limits, status: ExitStatus, killed: Option<Ki
 }
 
 /// How the job ends, the code, what happened, and whether to try the model again.
-fn cause(
+pub(in crate::update) fn cause(
     seen: &Seen,
     limits: &Limits,
     status: ExitStatus,

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::super::digest::Digest;
-use crate::config::{Calibration, Inference, Models, Provider};
+use crate::config::{Calibration, Inference, Models};
 use crate::model::contract::Overrides;
+use crate::model::options::Setting;
+use crate::model::runtime::library_for;
 
 /// A model's file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -35,10 +37,8 @@ impl Subject {
 /// How the service runs models: proven is what will run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Engine {
-    /// Execution provider.
-    pub provider: Provider,
-    /// Threads of one run.
-    pub threads: usize,
+    /// By what, with how many threads.
+    pub setting: Setting,
     /// ONNX Runtime's library; the child's environment is empty, so it must be told.
     pub library: Option<PathBuf>,
     /// Operator domains allowed beyond the common ones.
@@ -54,11 +54,9 @@ pub struct Engine {
 impl Engine {
     /// As `[inference]` and `[models]` say.
     pub fn of(inference: &Inference, models: &Models) -> Self {
-        let named = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty());
         Self {
-            provider: inference.provider,
-            threads: inference.threads,
-            library: inference.library.clone().or(named.map(PathBuf::from)),
+            setting: Setting::of(inference),
+            library: library_for(inference),
             custom_op_domains: models.custom_op_domains.clone(),
             cores: inference.cores.clone(),
             confidence: inference.confidence,

@@ -139,7 +139,7 @@ pub(super) fn count(
 }
 
 /// Intersection over union.
-pub(super) fn overlap(a: &[f32; 4], b: &[f32; 4]) -> f32 {
+pub(in crate::update) fn overlap(a: &[f32; 4], b: &[f32; 4]) -> f32 {
     let area = |r: &[f32; 4]| (r[2] - r[0]).max(0.0) * (r[3] - r[1]).max(0.0);
     let width = (a[2].min(b[2]) - a[0].max(b[0])).max(0.0);
     let height = (a[3].min(b[3]) - a[1].max(b[1])).max(0.0);

@@ -114,7 +114,7 @@ impl Offsets {
     }
 }
 
-pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(in crate::update) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

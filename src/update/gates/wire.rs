@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::super::job::{Gate, Reason};
+use super::super::tune::{Ask, Measured};
 use super::request::Request;
+use crate::model::options::Setting;
 
 /// On the child's standard input.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -20,8 +22,20 @@ pub struct Ticket {
     pub cpu_total_s: u64,
     /// Added to the parent's.
     pub nice: i32,
+    /// Cores to stay on; `None` = as the parent.
+    pub cores: Option<Vec<usize>>,
     /// The work.
-    pub request: Request,
+    pub task: Task,
+}
+
+/// What a child is for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// To find out whether a model may run.
+    Prove(Box<Request>),
+    /// To find out how it runs fastest.
+    Tune(Box<Ask>),
 }
 
 /// A line of the child's standard output.
@@ -34,6 +48,15 @@ pub enum Line {
     Gate(Gate),
     /// The end.
     Report(Box<Report>),
+    /// A setting is about to be loaded and run: whose fault it is if the child dies.
+    Trying(Setting),
+    /// The end of a tuning.
+    Measured {
+        /// The ticket's.
+        nonce: String,
+        /// What was measured.
+        measured: Measured,
+    },
 }
 
 impl Line {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{bounded, unbounded};
@@ -21,6 +22,7 @@ use super::super::signature::PublicKey;
 use super::super::start::{Origin, start_order};
 use super::super::steps::{self, Bench, Fetching, StepEnd};
 use super::super::store::RESERVE_BYTES;
+use super::tuning::Tuner;
 use super::{CHUNKS_MAX, Parts, Thread, View, frames_dir, now_ms};
 use crate::affinity;
 use crate::model::contract::Overrides;
@@ -32,7 +34,7 @@ impl Thread {
     pub(super) fn open(parts: Parts, view: Arc<Mutex<View>>) -> anyhow::Result<Self> {
         affinity::pin(&parts.cores).map_err(|e| anyhow!(e))?;
         let state_dir = &parts.config.device.state_dir;
-        let (keeper, notices) = Keeper::open(state_dir, RESERVE_BYTES, now_ms()).with_context(|| {
+        let (mut keeper, notices) = Keeper::open(state_dir, RESERVE_BYTES, now_ms()).with_context(|| {
             format!(
                 "device.state_dir = \"{}\" can't be used: name a folder that this user may write to",
                 state_dir.display()
@@ -47,6 +49,7 @@ impl Thread {
             options: EngineOptions::of(&parts.config.inference, models),
             cores: parts.cores.clone(),
             store: keeper.store().clone(),
+            plain: Arc::default(),
         };
         let keys = models
             .public_keys
@@ -76,6 +79,10 @@ impl Thread {
             topics: parts.topics.clone(),
             chunks: chunks_in,
         };
+        let tuner = Tuner::new(&parts);
+        if let Some(tuner) = &tuner {
+            tuner.note_death(&mut keeper);
+        }
         let mut thread = Self {
             fetching,
             chunks,
@@ -94,9 +101,11 @@ impl Thread {
             terminated: None,
             drops: VecDeque::new(),
             retired: false,
+            tuner,
             view,
         };
         thread.boot()?;
+        thread.tune(Instant::now());
         Ok(thread)
     }
 
@@ -159,7 +168,7 @@ impl Thread {
     ) -> Result<Arc<Model>, Reason> {
         let overrides = steps::described(known);
         match self.bench.file(digest, &steps::name_of(digest, known), &overrides) {
-            Ok(file) => self.bench.build(&file),
+            Ok(file) => self.bench.build(&file, self.setting_for(digest)),
             Err(StepEnd::Ended { reason, .. }) => Err(reason),
             Err(StepEnd::Done { .. }) => unreachable!("an error is an end"),
         }

@@ -142,21 +142,25 @@ impl Thread {
         };
         request.engine.library = Some(self.parts.runtime.library().to_owned());
         request.engine.cores = Some(self.parts.cores.clone());
+        request.engine.setting = self.setting_for(&digest);
         let manifest = steps::manifest_of(command.manifest.as_deref());
         request.latency.accept_slower =
             steps::accepted_ratio(&command, manifest.as_ref(), !self.keys.is_empty());
         let limits = Limits::of(&self.parts.config.models);
         let (sampler, dir) = (Arc::clone(&self.parts.sampler), frames_dir(&self.parts));
-        self.start_step(serial, move |_, cancel| {
+        self.start_step(serial, move |bench, cancel| {
             let live = |cancel: &_| LiveFrames::collect(&dir, &sampler, cancel);
-            steps::prove(request, &limits, live, cancel)
+            steps::prove(bench, request, &limits, live, cancel)
         });
     }
 
     pub(super) fn load(&mut self, serial: u64) {
         let Some(digest) = self.job(serial).and_then(|j| j.digest) else { return };
         let known = self.keeper.registry().model(&digest).ok().flatten();
-        self.start_step(serial, move |bench, _| steps::load(bench, &digest, known.as_ref()));
+        let setting = self.setting_for(&digest);
+        self.start_step(serial, move |bench, _| {
+            steps::load(bench, &digest, known.as_ref(), setting)
+        });
     }
 
     pub(super) fn step_ended(&mut self, serial: u64, end: StepEnd) {

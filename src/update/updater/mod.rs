@@ -5,12 +5,14 @@
 //! dropped here, when the worker has reported a later epoch.
 //!
 //! `boot` starts the first model, `incoming` turns wishes into events, `doing` does the machine's
-//! effects, `watching` looks after swaps and probations, `telling` reports.
+//! effects, `watching` looks after swaps and probations, `telling` reports, `tuning` finds the fastest way to
+//! run the active model.
 
 mod boot;
 mod doing;
 mod incoming;
 mod telling;
+mod tuning;
 mod watching;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -50,6 +52,7 @@ use crate::queue::Intake;
 use crate::sampler::Sampler;
 use crate::worker::{Origin, Pulse};
 pub(crate) use telling::unnumbered;
+use tuning::Tuner;
 /// How often probation, hangs and swaps are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// What the time before a swap is: the expected gap and the expected drops come from it.
@@ -133,6 +136,8 @@ pub struct View {
     pub advice: Option<String>,
     /// The report on the last swap.
     pub last_swap: Option<SwapReport>,
+    /// With `provider = "auto"`: how far it is, for `status`.
+    pub tuning: Option<Value>,
     /// Of all swaps since the process started.
     pub swap_totals: SwapTotals,
     /// Jobs that ended since then, by their end.
@@ -204,6 +209,11 @@ impl Desk {
         self.view.lock().expect("nothing panics while it holds the view").clone()
     }
 
+    /// With `provider = "auto"`: how far it is.
+    pub fn tuning(&self) -> Option<Value> {
+        self.view.lock().expect("nothing panics while it holds the view").tuning.clone()
+    }
+
     /// The blobs, to put files into.
     pub fn store(&self) -> &Store {
         &self.store
@@ -237,6 +247,8 @@ struct Thread {
     drops: VecDeque<(Instant, u64)>,
     /// Sessions to drop once the worker has left them.
     retired: bool,
+    /// With `provider = "auto"`.
+    tuner: Option<Tuner>,
     view: Arc<Mutex<View>>,
 }
 
@@ -262,6 +274,7 @@ impl Thread {
         if let Some(running) = self.running.take() {
             running.abandon();
         }
+        self.stop_tuning();
         self.handle(Event::Stop { now: now_ms() });
     }
 }

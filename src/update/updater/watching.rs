@@ -70,6 +70,7 @@ impl Thread {
         if self.retired && self.swaps.iter().all(|s| s.taken) {
             self.retire();
         }
+        self.tune(now);
     }
 
     /// Frames dropped because of us, all cameras together.
