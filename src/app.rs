@@ -39,7 +39,7 @@ use crate::signals::{Asked, Signals};
 use crate::snapshot::{Snapshot, Telemeter};
 use crate::switches;
 use crate::update::event::Answer;
-use crate::update::job::Reason;
+use crate::update::job::{Reason, Way};
 use crate::update::orders;
 use crate::update::updater::{self, Desk, Updater};
 use crate::vision::nms;
@@ -162,16 +162,18 @@ impl App {
                 return Err(e);
             }
         };
-        if let Some(updater) = &updater {
-            let socket = control::socket_path(&config.device.state_dir);
-            let desk = Arc::clone(updater.desk());
-            match net.control(&socket, desk, config.models.max_size) {
-                Ok(()) => {}
-                Err(e) => warn!("{e:#}: the command line can't reach this service"),
-            }
-        }
         let desk = updater.as_ref().map(|u| Arc::clone(u.desk()));
-        let page = Page::serve(&config, &net, feed, Arc::clone(&previews), desk);
+        let control = |way| control::Shared {
+            desk: desk.clone().ok_or_else(|| no_runtime.as_deref().unwrap_or_default().into()),
+            reporter: net.reporter().clone(),
+            size_max: config.models.max_size,
+            way,
+        };
+        let socket = control::socket_path(&config.device.state_dir);
+        if let Err(e) = net.control(&socket, control(Way::Cli)) {
+            warn!("{e:#}: the command line can't reach this service");
+        }
+        let page = Page::serve(&config, &net, feed, Arc::clone(&previews), control(Way::Page));
         let worker = Worker::new(
             Arc::clone(&intake),
             Arc::clone(&slot),
@@ -179,7 +181,7 @@ impl App {
             Arc::clone(&meter),
             Arc::clone(&pulse),
             sampler,
-            previews,
+            Arc::clone(&previews),
             origin.clone(),
             &topics,
             &config.inference,
@@ -189,6 +191,7 @@ impl App {
             Arc::clone(&meter),
             assets::templates(None),
             &config.device.state_dir,
+            previews,
         );
         let mut app = Self {
             started_us: now_us(),

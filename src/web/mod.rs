@@ -27,11 +27,8 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::control::status::Reporter;
 use crate::control::{self, refuse};
 use crate::preview::Previews;
-use crate::update::job::Way;
-use crate::update::updater::Desk;
 use auth::Guard;
 use feed::{Event, Feed};
 
@@ -49,12 +46,8 @@ pub struct Shared {
     pub metrics: Arc<metrics::Page>,
     /// For `/readyz`: a model runs and the broker was tried.
     pub ready: Arc<AtomicBool>,
-    /// `noblink status`, in JSON.
-    pub reporter: Reporter,
-    /// Orders; `None` without ONNX Runtime.
-    pub desk: Option<Arc<Desk>>,
-    /// Largest model that is taken, bytes.
-    pub size_max: u64,
+    /// Status, models and jobs, as over the control socket.
+    pub control: control::Shared,
 }
 
 /// Binds the port; the future serves it.
@@ -81,16 +74,12 @@ pub fn serve(
 }
 
 fn router(guard: Guard, shared: Shared) -> axum::Router {
-    let models = shared
-        .desk
-        .clone()
-        .map(|desk| control::router(desk, shared.reporter.clone(), shared.size_max, Way::Page));
     let guarded = axum::Router::new()
         .route("/api/v1/events", get(events))
         .route("/api/v1/live", get(live))
         .route("/metrics", get(metrics))
         .with_state(shared.clone())
-        .merge(models.unwrap_or_default())
+        .merge(control::router(shared.control.clone()))
         .layer(middleware::from_fn_with_state(guard.clone(), auth::check));
     let open = axum::Router::new()
         .route("/healthz", get(|| async { "ok\n" }))

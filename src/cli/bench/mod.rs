@@ -28,6 +28,6 @@ fn show<R: fmt::Display + Serialize>(json: bool, report: &R) -> Outcome {
     if json {
         return print_json(report);
     }
-    println!("{report}");
+    say!("{report}");
     Ok(())
 }
