@@ -421,13 +421,14 @@ impl App {
         }
     }
 
-    /// What to do next: about the model, about the cameras.
+    /// What to do next, a line each: about the model, about the cameras.
     fn advice(&self, has_model: bool) -> Option<String> {
         let of_updater = || self.updater.as_ref()?.desk().view().advice;
         let model = if has_model { None } else { self.no_runtime.clone().or_else(of_updater) };
+        let model = model.map(|next| format!("no model yet: {next}"));
         let camera = self.fleet.settings().next().is_none().then(|| config::NO_CAMERA.to_owned());
         let all: Vec<_> = model.into_iter().chain(camera).collect();
-        (!all.is_empty()).then(|| all.join("; "))
+        (!all.is_empty()).then(|| all.join("\n"))
     }
 
     fn publish_cameras(&mut self, snapshot: &Snapshot) {

@@ -1,6 +1,7 @@
 //! The integration tests: one binary, one module per capability.
 #![allow(missing_docs, unreachable_pub)]
 
+mod api;
 mod camera;
 mod cli;
 mod config;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use axum::Json;
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, RawQuery, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -124,6 +125,11 @@ async fn job(
     })
 }
 
+/// A request that could not be read, in the words of what tried.
+pub fn unreadable(status: StatusCode, why: String) -> Response {
+    refuse(status, "bad_request", why)
+}
+
 /// An answer that says why not.
 pub fn refuse(status: StatusCode, code: &'static str, message: String) -> Response {
     (status, Json(json!({ "ok": false, "reason": Reason::new(code, message) }))).into_response()
@@ -152,15 +158,22 @@ async fn ask(shared: &Shared, order: Order) -> Response {
     }
 }
 
-async fn desired(State(shared): State<Shared>, body: Bytes) -> Response {
-    ask(&shared, Order::Desired(body.to_vec())).await
+async fn desired(State(shared): State<Shared>, body: Result<Bytes, BytesRejection>) -> Response {
+    match body {
+        Ok(body) => ask(&shared, Order::Desired(body.to_vec())).await,
+        Err(e) => unreadable(e.status(), e.body_text()),
+    }
 }
 
 async fn verb(
     State(shared): State<Shared>,
     UrlPath(verb): UrlPath<String>,
-    body: Bytes,
+    body: Result<Bytes, BytesRejection>,
 ) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     match orders::local(&verb, &body) {
         Ok(order) => ask(&shared, order).await,
         Err(why) => {
@@ -186,7 +199,14 @@ async fn push(
     };
     let blob = match store(desk.store(), pushed.size, shared.size_max, body).await {
         Ok(blob) => blob,
-        Err(e) => return refuse(StatusCode::INSUFFICIENT_STORAGE, e.code(), e.to_string()),
+        Err(e) => {
+            let status = match e {
+                StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+                StoreError::Incomplete { .. } => StatusCode::BAD_REQUEST,
+                _ => StatusCode::INSUFFICIENT_STORAGE,
+            };
+            return refuse(status, e.code(), e.to_string());
+        }
     };
     ask(&shared, pushed.order(blob)).await
 }
@@ -196,11 +216,17 @@ async fn store(store: &Store, size: u64, size_max: u64, body: Body) -> Result<Bl
     let (pieces, mut written) = tokio::sync::mpsc::channel::<Bytes>(PIECES_MAX);
     let store = store.clone();
     let writer = tokio::task::spawn_blocking(move || {
-        let mut part = store.stage(size, size_max)?;
+        if size > size_max {
+            return Err(StoreError::TooLarge { max: size_max });
+        }
+        let mut part = store.stage(size, size)?;
         while let Some(piece) = written.blocking_recv() {
             part.write(&piece)?;
         }
-        part.finish(None)
+        match part.len() {
+            found if found < size => Err(StoreError::Incomplete { wanted: size, found }),
+            _ => part.finish(None),
+        }
     });
     let mut stream = body.into_data_stream();
     while let Some(Ok(piece)) = stream.next().await {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::Context;
 use axum::Json;
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, SET_COOKIE};
 use axum::http::{HeaderValue, StatusCode};
@@ -27,7 +28,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::control::{self, refuse};
+use crate::control::{self, refuse, unreadable};
 use crate::preview::Previews;
 use auth::Guard;
 use feed::{Event, Feed};
@@ -122,7 +123,11 @@ struct Login {
     token: String,
 }
 
-async fn login(State(guard): State<Guard>, Json(login): Json<Login>) -> Response {
+async fn login(State(guard): State<Guard>, login: Result<Json<Login>, JsonRejection>) -> Response {
+    let login = match login {
+        Ok(Json(login)) => login,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     if !guard.is_token(&login.token) {
         // Guessing is made slow, not impossible: the token is as long as whoever chose it wanted.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -190,7 +195,14 @@ struct Wanted {
 /// Pictures of some cameras with what was found on them, as long as the request stands: each is its
 /// length (4 bytes, big end first) and a [`crate::preview::Picture`]. One request for all: browsers
 /// open six connections to a server at most.
-async fn live(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
+async fn live(
+    State(shared): State<Shared>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Response {
+    let wanted = match wanted {
+        Ok(Query(wanted)) => wanted,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     let (sender, receiver) = tokio::sync::mpsc::channel(2);
     for id in wanted.cameras.split(',').take(CAMERAS_MAX) {
         let Some(tap) = shared.previews.known(id) else {

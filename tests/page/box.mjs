@@ -55,8 +55,9 @@ class Program {
   }
 }
 
-/** Starts one. `models`: lines of `[models]`; `cameras`: their clips; `token`: not on loopback alone. */
-export async function openBox({ models = plates(), cameras = ["line-a", "line-b"], token } = {}) {
+/** Starts one. `models`: lines of `[models]`; `cameras`: their clips; `each`: lines of every camera;
+ * `token`: not on loopback alone. */
+export async function openBox({ models = plates(), cameras = ["line-a", "line-b"], each = "", token } = {}) {
   const dir = mkdtempSync(join(tmpdir(), "noblink-page-"));
   const [mqtt, web] = [await freePort(), await freePort()];
   writeFileSync(join(dir, "mosquitto.conf"), `user root\nlistener ${mqtt} 127.0.0.1\nallow_anonymous true\n`);
@@ -72,7 +73,7 @@ export async function openBox({ models = plates(), cameras = ["line-a", "line-b"
   config += models;
   for (const id of cameras) {
     const port = await freePort();
-    config += `[[camera]]\nid = "${id}"\nurl = "rtsp://127.0.0.1:${port}/clip"\n`;
+    config += `[[camera]]\nid = "${id}"\nurl = "rtsp://127.0.0.1:${port}/clip"\nqueue = 32\n${each}\n`; // room for the hiccups of a busy machine
     box.cameras[id] = new Program(id, port, dir, `${built}/examples/camera`, `${port}`, shipped(`models/clips/${id}.mp4`));
   }
   writeFileSync(join(dir, "noblink.toml"), config);

@@ -68,7 +68,8 @@ test("light and quick: its weight, its first paint, nothing from elsewhere", asy
 
 test.describe.serial("the life of a model", () => {
   let box;
-  test.beforeAll(async () => { box = await openBox(); });
+  // No frame is to be dropped, on whatever machine with a browser beside it.
+  test.beforeAll(async () => { box = await openBox({ each: "max_fps = 5" }); });
   test.afterAll(() => box?.close());
   test.beforeEach(async ({ page }) => {
     await page.goto(box.url);
@@ -140,6 +141,7 @@ test("a camera is killed, and comes back", async ({ open, page, look }) => {
   await goesOn(page, "line-b");
   await box.cameras["line-a"].kill();
   await expect(tile(page, "line-a")).toContainText("down");
+  await expect(page.locator("#health")).toContainText("camera line-a is down");
   await goesOn(page, "line-b");
   await look("camera-down");
   await box.cameras["line-a"].start();
@@ -173,10 +175,13 @@ test.describe("the service itself is killed", () => {
     await look("service-down");
     await page.locator("#file").setInputFiles(shipped("models/plates-v2.onnx"));
     await expect(page.locator("#upload")).toContainText("the box does not answer: is noblink running");
+    await expect(page.getByRole("alert")).toContainText("What you see is from");
     await box.service.start();
+    await expect(page.getByRole("alert")).toBeHidden();
     await expect(page.locator("#health")).not.toContainText("does not answer");
     await expect(page.locator("#health")).toContainText("broker connected");
     await goesOn(page, "line-a");
+    await expect(page.locator("#log li", { hasText: "the page is at" })).toHaveCount(1);
   });
 });
 
@@ -223,6 +228,7 @@ for (const colorScheme of ["light", "dark"]) {
     test("all of it fits", async ({ open, page, look }) => {
       await page.goto((await open()).url);
       await expect(picture(page, "line-b")).toHaveAttribute("data-objects", /[1-9]/);
+      await expect(tile(page, "line-b")).toContainText("frames/s");
       expect(await page.evaluate(() => document.documentElement.scrollWidth - innerWidth), "pixels to scroll sideways").toBeLessThanOrEqual(0);
       await look(`phone-${colorScheme}`);
       await tile(page, "line-b").tap();
@@ -237,6 +243,7 @@ test.describe("dark", () => {
   test("on a desk", async ({ open, page, look }) => {
     await page.goto((await open()).url);
     await expect(picture(page, "line-a")).toHaveAttribute("data-objects", /[1-9]/);
+    await expect(tile(page, "line-a")).toContainText("frames/s");
     await look("dark");
   });
 });
@@ -265,6 +272,7 @@ test.describe("elsewhere than on loopback", () => {
 test("no model yet, no camera yet: what to do next", async ({ open, page, look }) => {
   await page.goto((await open({ models: "", cameras: [] })).url);
   await expect(page.locator("#advice")).toContainText("noblink model push");
-  await expect(page.locator("#cameras")).toContainText("noblink probe");
+  await expect(page.locator("#advice")).toContainText("noblink probe");
+  await expect(page.locator("#cameras")).toContainText("No camera is configured");
   await look("empty");
 });

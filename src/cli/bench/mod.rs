@@ -1,5 +1,6 @@
 //! `noblink bench …`: measures the real path on a recorded input.
 
+mod page;
 mod pipeline;
 mod swap;
 
@@ -15,12 +16,19 @@ pub(super) enum Command {
     Pipeline(pipeline::Args),
     /// Replace the model over and over, and see what that does to the results
     Swap(swap::Args),
+    /// See what people who look at the page cost the worker
+    Page(page::Args),
+    /// The people: started by `bench page` itself
+    #[command(hide = true)]
+    Viewers(page::Viewers),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
     match command {
         Command::Pipeline(args) => show(args.json, &pipeline::run(args)?),
         Command::Swap(args) => show(args.json, &swap::run(&args)?),
+        Command::Page(args) => show(args.json, &page::run(&args)?),
+        Command::Viewers(args) => Ok(page::viewers(&args)?),
     }
 }
 
