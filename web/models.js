@@ -127,7 +127,8 @@ function outcome(job) {
   const reason = job.reason?.message ?? "";
   const name = nameOf(job);
   const swap = swaps.get(job.id)?.[0];
-  const lost = swap ? `, ${swap.frames_lost === 0 ? "no frame lost" : `${swap.frames_lost} frames lost`}` : "";
+  const lost = !swap ? "" : swap.frames_lost === 0 ? ", no frame lost"
+    : swap.overloaded ? `, ${swap.frames_lost} frames more than before dropped by the overloaded box` : `, ${swap.frames_lost} frames lost`;
   if (job.state === "SUCCEEDED" && isRollback(job)) return ["good", `back to ${name}${lost}`];
   if (job.state === "SUCCEEDED") return ["good", `${name} went live${lost}`];
   if (job.state === "REJECTED") return ["bad", `${name} refused: ${reason}`];
