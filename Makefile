@@ -26,7 +26,7 @@ test-page:
 	@scripts/setup --page
 	$(CARGO) build --locked --bin noblink --example camera
 	node tests/page/api.mjs
-	cd tests/page && npx playwright test
+	cd tests/page && node_modules/.bin/playwright test
 
 lint:
 	$(CARGO) fmt --check

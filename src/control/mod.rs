@@ -57,10 +57,18 @@ pub struct Shared {
 }
 
 impl Shared {
-    fn desk(&self) -> Result<&Arc<Desk>, Response> {
-        self.desk.as_ref().map_err(|why| {
-            refuse(StatusCode::SERVICE_UNAVAILABLE, "no_runtime", format!("no model runs: {why}"))
-        })
+    fn desk(&self) -> Result<&Arc<Desk>, NoRuntime> {
+        self.desk.as_ref().map_err(|why| NoRuntime(Arc::clone(why)))
+    }
+}
+
+/// ONNX Runtime is missing, and why.
+struct NoRuntime(Arc<str>);
+
+impl IntoResponse for NoRuntime {
+    fn into_response(self) -> Response {
+        let text = format!("no model runs: {}", self.0);
+        refuse(StatusCode::SERVICE_UNAVAILABLE, "no_runtime", text)
     }
 }
 
@@ -106,7 +114,7 @@ async fn status(State(shared): State<Shared>) -> Json<Value> {
     Json(shared.reporter.report())
 }
 
-async fn models(State(shared): State<Shared>) -> Result<Json<Value>, Response> {
+async fn models(State(shared): State<Shared>) -> Result<Json<Value>, NoRuntime> {
     let view = shared.desk()?.view();
     Ok(Json(json!({ "state": view.state, "models": view.models, "jobs": view.jobs })))
 }
@@ -114,7 +122,7 @@ async fn models(State(shared): State<Shared>) -> Result<Json<Value>, Response> {
 async fn job(
     State(shared): State<Shared>,
     UrlPath(id): UrlPath<String>,
-) -> Result<Response, Response> {
+) -> Result<Response, NoRuntime> {
     Ok(match shared.desk()?.view().jobs.into_iter().find(|j| j.id == id) {
         Some(job) => Json(json!(job)).into_response(),
         None => refuse(
@@ -139,7 +147,7 @@ pub fn refuse(status: StatusCode, code: &'static str, message: String) -> Respon
 async fn ask(shared: &Shared, order: Order) -> Response {
     let desk = match shared.desk() {
         Ok(desk) => desk,
-        Err(refusal) => return refusal,
+        Err(missing) => return missing.into_response(),
     };
     let (sender, answer) = oneshot::channel();
     desk.ask(Ask {
@@ -195,7 +203,7 @@ async fn push(
     };
     let desk = match shared.desk() {
         Ok(desk) => desk,
-        Err(refusal) => return refusal,
+        Err(missing) => return missing.into_response(),
     };
     let blob = match store(desk.store(), pushed.size, shared.size_max, body).await {
         Ok(blob) => blob,
