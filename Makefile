@@ -1,10 +1,11 @@
 # Two commands do all the set-up on a fresh Debian 12 with a Rust toolchain:
 #   make demo   builds noblink and shows it at work
 #   make test   passes the tests
+# and `make test-page` those that need a browser.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 
-.PHONY: bench bench-swap deb demo build test test-monitoring lint setup setup-tests soak fuzz
+.PHONY: bench bench-swap deb demo build test test-monitoring test-page lint setup setup-tests soak fuzz
 
 demo: build
 	target/release/noblink demo $(ARGS)
@@ -23,6 +24,14 @@ test: setup-tests lint
 test-monitoring: setup-tests
 	@scripts/setup --monitoring
 	$(CARGO) test --locked --test it -- --ignored house::prometheus --nocapture
+
+# The page in a headless Chromium, and its API under schemathesis, of a real box. What the page
+# looked like is in target/page.
+test-page:
+	@scripts/setup --page
+	$(CARGO) build --locked --bin noblink --example camera
+	node tests/page/api.mjs
+	cd tests/page && node_modules/.bin/playwright test
 
 lint:
 	$(CARGO) fmt --check

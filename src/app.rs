@@ -41,7 +41,7 @@ use crate::signals::{Asked, Signals};
 use crate::snapshot::{Snapshot, Telemeter};
 use crate::switches;
 use crate::update::event::Answer;
-use crate::update::job::Reason;
+use crate::update::job::{Reason, Way};
 use crate::update::orders;
 use crate::update::tune;
 use crate::update::updater::{self, Desk, Updater};
@@ -170,16 +170,18 @@ impl App {
                 return Err(e);
             }
         };
-        if let Some(updater) = &updater {
-            let socket = control::socket_path(&config.device.state_dir);
-            let desk = Arc::clone(updater.desk());
-            match net.control(&socket, desk, config.models.max_size) {
-                Ok(()) => {}
-                Err(e) => warn!("{e:#}: the command line can't reach this service"),
-            }
-        }
         let desk = updater.as_ref().map(|u| Arc::clone(u.desk()));
-        let page = Page::serve(&config, &net, feed, Arc::clone(&previews), desk);
+        let control = |way| control::Shared {
+            desk: desk.clone().ok_or_else(|| no_runtime.as_deref().unwrap_or_default().into()),
+            reporter: net.reporter().clone(),
+            size_max: config.models.max_size,
+            way,
+        };
+        let socket = control::socket_path(&config.device.state_dir);
+        if let Err(e) = net.control(&socket, control(Way::Cli)) {
+            warn!("{e:#}: the command line can't reach this service");
+        }
+        let page = Page::serve(&config, &net, feed, Arc::clone(&previews), control(Way::Page));
         let worker = Worker::new(
             Arc::clone(&intake),
             Arc::clone(&slot),
@@ -187,7 +189,7 @@ impl App {
             Arc::clone(&meter),
             Arc::clone(&pulse),
             sampler,
-            previews,
+            Arc::clone(&previews),
             origin.clone(),
             &topics,
             &config.inference,
@@ -197,6 +199,7 @@ impl App {
             Arc::clone(&meter),
             assets::templates(None),
             &config.device.state_dir,
+            previews,
         );
         let mut app = Self {
             started_us: now_us(),
@@ -448,13 +451,14 @@ impl App {
         }
     }
 
-    /// What to do next: about the model, about the cameras.
+    /// What to do next, a line each: about the model, about the cameras.
     fn advice(&self, has_model: bool) -> Option<String> {
         let of_updater = || self.updater.as_ref()?.desk().view().advice;
         let model = if has_model { None } else { self.no_runtime.clone().or_else(of_updater) };
+        let model = model.map(|next| format!("no model yet: {next}"));
         let camera = self.fleet.settings().next().is_none().then(|| config::NO_CAMERA.to_owned());
         let all: Vec<_> = model.into_iter().chain(camera).collect();
-        (!all.is_empty()).then(|| all.join("; "))
+        (!all.is_empty()).then(|| all.join("\n"))
     }
 
     fn publish_cameras(&mut self, snapshot: &Snapshot) {

@@ -15,6 +15,7 @@ use crate::camera::templates::Templates;
 use crate::camera::{Camera, CameraStatus, LEAVE_WITHIN, State};
 use crate::config;
 use crate::meter::Meter;
+use crate::preview::Previews;
 use crate::queue::{Inlet, Intake};
 use crate::snapshot::CameraSnapshot;
 use crate::switches::Switches;
@@ -33,6 +34,7 @@ pub struct Fleet {
     meter: Arc<Meter>,
     templates: Arc<Templates>,
     switches: Switches,
+    previews: Arc<Previews>,
     /// In the order of the configuration.
     members: Vec<Member>,
     /// Those that the configuration has no more.
@@ -103,10 +105,11 @@ impl Fleet {
         meter: Arc<Meter>,
         templates: Templates,
         state_dir: &Path,
+        previews: Arc<Previews>,
     ) -> Self {
         let (templates, switches) = (Arc::new(templates), Switches::open(state_dir));
         let (members, leaving, looked) = (Vec::new(), Vec::new(), Instant::now());
-        Self { intake, meter, templates, switches, members, leaving, looked }
+        Self { intake, meter, templates, switches, previews, members, leaving, looked }
     }
 
     /// Makes the cameras those of a configuration. The ones that it leaves as they are notice
@@ -180,6 +183,8 @@ impl Fleet {
             self.intake.disable(&inlet);
         }
         self.meter.seat(inlet.index());
+        // People may look at a camera that has not sent anything yet.
+        self.previews.tap(&settings.id);
         inlet
     }
 
@@ -311,8 +316,13 @@ mod tests {
                     url = \"test://?width=320&height=240&fps=20\"\n";
         let config = Config::parse(text, dir.path()).unwrap();
         let intake = Arc::new(Intake::default());
-        let mut fleet =
-            Fleet::new(Arc::clone(&intake), Arc::default(), Templates::default(), dir.path());
+        let mut fleet = Fleet::new(
+            Arc::clone(&intake),
+            Arc::default(),
+            Templates::default(),
+            dir.path(),
+            Arc::new(Previews::start(|_, _, _| ()).unwrap()),
+        );
         assert_eq!(fleet.apply(&config.cameras).added, ["gate"]);
         fleet.members[0].camera = Camera::stuck();
         while let Some(taken) = intake.take(Duration::from_secs(1)) {

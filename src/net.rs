@@ -20,7 +20,6 @@ use crate::mqtt::link::{Inbound, Link, LinkHandle, Settings};
 use crate::mqtt::outbox::Outbox;
 use crate::mqtt::status::LinkStatus;
 use crate::mqtt::topics::Topics;
-use crate::update::updater::Desk;
 use crate::web;
 use crate::worker::Origin;
 
@@ -88,9 +87,9 @@ impl Net {
     }
 
     /// Serves the control socket on this thread, to the network's end.
-    pub fn control(&self, path: &Path, desk: Arc<Desk>, size_max: u64) -> anyhow::Result<()> {
+    pub fn control(&self, path: &Path, shared: control::Shared) -> anyhow::Result<()> {
         let _runtime = self.runtime.enter();
-        self.runtime.spawn(control::serve(path, desk, self.reporter.clone(), size_max)?);
+        self.runtime.spawn(control::serve(path, shared)?);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
-use crate::harness::service::{config, noblink_output, plates, shipped};
+use crate::harness::service::{Service, config, noblink, noblink_output, plates, shipped};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -160,4 +160,39 @@ fn the_demo_tells_the_story_of_an_update_and_ends_with_an_exact_ledger() {
     {
         assert!(said.contains(part), "{part:?} is not in:\n{said}");
     }
+}
+
+/// As in `noblink model list | head`.
+#[test]
+fn a_reader_that_leaves_is_no_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("noblink.toml");
+    std::fs::write(&file, config("embedded = true", &[("gate", "test://", "")], "")).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut check = noblink(&["check", "--config", file.to_str().unwrap()]);
+    let output = check.stdout(writer).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+}
+
+#[test]
+fn without_onnx_runtime_status_says_so() {
+    let missing = "[inference]\nlibrary = \"/nowhere/libonnxruntime.so\"\n";
+    let text = config("embedded = true", &[("gate", "test://", "")], missing);
+    let mut service = Service::start(&text);
+    service.says("camera gate: streaming", 20);
+    let file = service.dir.path().join("noblink.toml");
+    let ask = |args: &[&str]| {
+        let output = noblink_output(&[args, &["--config", file.to_str().unwrap()]].concat());
+        let said = [output.stdout, output.stderr].map(|bytes| self::text(&bytes)).concat();
+        (output.status.code(), said)
+    };
+    let (code, said) = ask(&["status"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("model   none") && said.contains("camera  gate: streaming"), "{said}");
+    assert!(said.contains("next    no model yet: ") && said.contains("/nowhere/"), "{said}");
+    let model = shipped("models/plates-v1.onnx");
+    let (code, said) = ask(&["model", "push", model.to_str().unwrap()]);
+    assert!(code == Some(1) && said.contains("no_runtime") && said.contains("/nowhere/"), "{said}");
+    assert_eq!(service.stop().code(), Some(0), "{}", service.log());
 }

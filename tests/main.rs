@@ -2,6 +2,7 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod allocations;
+mod api;
 mod camera;
 mod cli;
 mod config;

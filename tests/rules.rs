@@ -75,6 +75,15 @@ fn a_file_fits_into_a_head() {
     }
 }
 
+/// `say!` lets whoever reads leave; the others panic then.
+#[test]
+fn commands_print_by_one_macro() {
+    let prints = |text: &str| text.contains(" println!(") || text.contains(" print!(");
+    let users: Vec<_> = sources().into_iter().filter(|(_, text)| prints(text)).collect();
+    let names: Vec<_> = users.iter().map(|(name, _)| &**name).collect();
+    assert_eq!(names, ["src/update/gates/child.rs"], "which speaks to its parent");
+}
+
 #[test]
 fn the_readme_shows_real_output() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();

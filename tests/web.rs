@@ -1,30 +1,14 @@
 //! The page's server, without a browser: what it tells, what it takes, whom it refuses.
 
 use std::io::{BufRead, BufReader, Read};
-use std::time::Duration;
 
 use serde_json::Value;
-use ureq::Agent;
 
 use crate::harness::line::Line;
 use crate::harness::schema::{assert_valid_payload, validator};
 use crate::harness::service::shipped;
 use crate::harness::until;
-
-const LOOPBACK: &str = "[web]\nlisten = \"127.0.0.1:0\"";
-
-/// Where the page of this service is.
-fn page(line: &Line) -> String {
-    let log = line.service.log();
-    let (_, rest) = log.split_once("the page is at ").expect("it says where");
-    rest.lines().next().unwrap().trim().to_owned()
-}
-
-/// Every answer is one, whatever its status.
-fn agent() -> Agent {
-    let config = Agent::config_builder().http_status_as_error(false);
-    Agent::new_with_config(config.timeout_global(Some(Duration::from_secs(60))).build())
-}
+use crate::harness::web::{LOOPBACK, agent, page};
 
 fn get(url: &str, headers: &[(&str, &str)]) -> (u16, String) {
     let request = headers.iter().fold(agent().get(url), |r, (n, v)| r.header(*n, *v));

@@ -1,13 +1,17 @@
 // The page: hears what the box says (server-sent events named by topic) and shows it.
 
-import { $, ask, clock, h, named, number, post, show } from "./dom.js";
+import { $, ask, clock, h, named, number, post, prose, show } from "./dom.js";
 import * as live from "./live.js";
 import * as models from "./models.js";
 import * as plots from "./plots.js";
 
-const box = { status: null, cameras: new Map(), tick: null, before: null, telemetry: null, connected: false };
+const box = { status: null, cameras: new Map(), tick: null, before: null, telemetry: null, connected: false, heard: null };
 const log = [];
 
+const DROPPED = {
+  overload: "older ones while overloaded", full: "as the queue was full", disabled: "while switched off",
+  no_model: "without a model", stopped: "at a stop",
+};
 const STATES = {
   connecting: ["warn", "connecting"], streaming: ["good", "streaming"], stalled: ["bad", "silent"],
   backoff: ["bad", "down"], disabled: ["", "switched off"], ended: ["", "played to its end"],
@@ -17,8 +21,8 @@ const STATES = {
 
 function listen() {
   const source = new EventSource("/api/v1/events");
-  const on = (topic, take) => source.addEventListener(topic, (event) => take(JSON.parse(event.data)));
-  on("status", (status) => { box.status = status; render(); });
+  const on = (topic, take) => source.addEventListener(topic, (event) => { box.heard = Date.now(); take(JSON.parse(event.data)); });
+  on("status", (status) => { box.status = status; models.setRunning(status.model); render(); });
   on("camera", (status) => { box.cameras.set(status.camera, status); render(); });
   on("models/state", models.setState);
   on("models/swaps", models.setSwap);
@@ -27,6 +31,8 @@ function listen() {
   on("log", (line) => { log.push(line); if (log.length > 300) log.shift(); if (box.connected) renderLog(); });
   on("job", models.setJob);
   on("ready", () => { box.connected = true; models.refresh().catch(() => {}); plots.draw(); renderLog(); renderFacts(); render(); });
+  // Each connection begins with all that there is to know.
+  source.onopen = () => { log.length = 0; plots.clear(); box.cameras.clear(); };
   source.onerror = () => {
     box.connected = false;
     render();
@@ -45,14 +51,20 @@ function render() {
   if (status) document.title = `noblink · ${status.device}`;
   const pill = (kind, text) => h(`li.pill${kind ? `.${kind}` : ""}`, {}, text);
   const link = tick?.link;
-  show($("health"),
-    !connected && pill("bad", "the box does not answer"),
-    status?.model ? pill("good", `model ${named(status.model)}`) : status && pill("warn", "no model yet"),
+  const away = !connected && box.heard != null;
+  document.body.classList.toggle("away", away);
+  $("away").hidden = !away;
+  if (away) show($("away"), `The box does not answer. What you see is from ${clock(box.heard)}; this page comes back by itself when the box does.`);
+  const down = Object.keys(status?.cameras ?? {}).filter((id) => STATES[stateOf(id)]?.[0] === "bad");
+  show($("health"), away ? pill("bad", "the box does not answer") : [
+    status?.model ? pill("good", `model ${named(models.active())}`) : status && pill("warn", "no model yet"),
+    down.length > 0 && pill("bad", down.length === 1 ? `camera ${down[0]} is down` : `${down.length} cameras are down`),
     link && (link.state === "connected" ? pill("good", "broker connected") : pill("bad", `broker away${link.last_error ? `: ${link.last_error}` : ""}`)),
-    tick && tick.outbox.queued > 0 && pill("warn", `${number(tick.outbox.queued)} records wait for the broker`));
+    tick && tick.outbox.queued > 0 && pill("warn", `${number(tick.outbox.queued)} records wait for the broker`),
+  ]);
   const advice = $("advice");
   advice.hidden = !status?.advice;
-  advice.textContent = status?.advice ?? "";
+  show(advice, prose(status?.advice ?? ""));
   renderCameras();
   renderLarge();
 }
@@ -68,6 +80,8 @@ function rate(id) {
   return ((a.ledger.inferred - b.ledger.inferred) * 1e6) / (now.time_us - before.time_us);
 }
 
+const stateOf = (id) => box.tick?.cameras[id]?.state ?? box.cameras.get(id)?.state ?? "connecting";
+
 function renderCameras() {
   const ids = Object.keys(box.status?.cameras ?? {});
   for (const [id, tile] of tiles) if (!ids.includes(id)) { live.unwatch(tile.canvas); tile.element.remove(); tiles.delete(id); }
@@ -82,7 +96,7 @@ function renderCameras() {
       live.watch(canvas, id);
     }
     const status = box.cameras.get(id);
-    const state = box.tick?.cameras[id]?.state ?? status?.state ?? "connecting";
+    const state = stateOf(id);
     const [kind, word] = STATES[state] ?? ["", state];
     const latency = box.telemetry?.cameras[id]?.latency_ms;
     const fps = rate(id);
@@ -90,9 +104,10 @@ function renderCameras() {
       h("span.row", {}, h("strong", {}, id), h(`span.pill${kind ? `.${kind}` : ""}`, {}, word)),
       state === "streaming"
         ? h("small", {}, `${fps == null ? "" : `${number(fps, 1)} frames/s`}${latency ? ` · ${number(latency.p50, 1)} ms` : ""}${box.tick?.cameras[id]?.overloaded ? " · overloaded" : ""}`)
-        : status?.reason && h("small.why", {}, status.reason));
+        : status?.reason && h("small.why", {}, status.reason, state === "backoff" && "; it is tried again by itself"));
+    tile.element.classList.toggle("still", state !== "streaming" && tile.canvas.dataset.frame != null);
   }
-  if (box.status && !ids.length) show($("cameras"), h("p", {}, "No camera is configured: write a [[camera]] section, or let ", h("code", {}, "noblink probe rtsp://…"), " write one."));
+  if (box.status && !ids.length) show($("cameras"), h("p", {}, "No camera is configured yet."));
 }
 
 let large = null;
@@ -118,14 +133,14 @@ function renderLarge() {
   const status = box.cameras.get(large.id);
   const now = box.tick?.cameras[large.id];
   const stream = status?.stream;
-  const dropped = now && Object.entries(now.ledger.dropped).filter(([, n]) => n).map(([why, n]) => `${number(n)} ${why}`).join(", ");
+  const dropped = now && Object.entries(now.ledger.dropped).filter(([, n]) => n).map(([why, n]) => `${number(n)} ${DROPPED[why] ?? why}`).join(", ");
   facts($("large-facts"), [
     ["State", status?.reason ? `${status.state}: ${status.reason}` : status?.state],
     ["Stream", stream && `${stream.codec ?? "raw"} ${stream.width}×${stream.height}${stream.fps ? ` at ${number(stream.fps, 1)}/s` : ""}`],
     ["Source", status?.source],
     ["Frames inferred", now && number(now.ledger.inferred)],
     ["Frames dropped", now && (dropped || "none")],
-    ["Connected", status && `${number(status.connects)} times`],
+    ["Connected", status && (status.connects === 1 ? "once" : `${number(status.connects)} times`)],
   ]);
 }
 
@@ -142,7 +157,7 @@ function renderFacts() {
   const stages = t.worker.stages_ms;
   facts($("facts"), [
     ["Worker busy", `${number(t.worker.busy * 100, 1)} %`],
-    ["Mean of a frame", stages && `${number(stages.preprocess, 1)} + ${number(stages.inference, 1)} + ${number(stages.postprocess, 1)} ms`],
+    ["Time of a frame", stages && `${number(stages.preprocess, 1)} ms pixels, ${number(stages.inference, 1)} ms model, ${number(stages.postprocess, 1)} ms boxes`],
     ["Provider", box.status?.model?.provider],
     ["Broker", t.mqtt.broker],
     ["Records acknowledged", number(t.outbox.acked)],

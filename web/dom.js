@@ -17,6 +17,9 @@ export function h(what, attributes = {}, ...children) {
   return element;
 }
 
+/** Text in which `commands` stand between backticks. */
+export const prose = (text) => text.split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
+
 export const $ = (id) => document.getElementById(id);
 
 /** Puts children into an element, and leaves it alone when they are the same as before. */

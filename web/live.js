@@ -105,9 +105,11 @@ function draw(canvas, head, picture) {
     const text = `${label} ${Math.round(score * 100)}`;
     const line = 17 * scale;
     const above = y >= line ? y - line : y;
-    context.fillRect(x, above, context.measureText(text).width + 8 * scale, line);
+    const wide = context.measureText(text).width + 8 * scale;
+    const from = Math.max(0, Math.min(x, width - wide));
+    context.fillRect(from, above, wide, line);
     context.fillStyle = "#101010";
-    context.fillText(text, x + 4 * scale, above + 2 * scale);
+    context.fillText(text, from + 4 * scale, above + 2 * scale);
   }
   canvas.dataset.frame = head.frame;
   canvas.dataset.epoch = head.epoch;

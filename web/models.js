@@ -1,6 +1,6 @@
 // The model story: what runs, what ran before, the job under way, what became of those before.
 
-import { $, ask, commandId, h, named, number, post, short, show, when } from "./dom.js";
+import { $, ask, commandId, h, named, number, post, prose, short, show, when } from "./dom.js";
 
 const PHASES = ["receiving", "verifying", "proving", "loading", "awaiting_confirm", "switching", "probation"];
 const WORDS = {
@@ -11,6 +11,7 @@ const VERDICTS = { PASSED: "passed", FAILED: "failed", SKIPPED: "not run", ASK: 
 const ENDED = ["SUCCEEDED", "FAILED", "REJECTED", "TIMED_OUT", "CANCELED"];
 
 let state = null; // models/state
+let running = null; // the model of the status, with its labels
 let jobs = new Map(); // id → job
 let models = []; // of the registry
 const swaps = new Map(); // job id → swap reports
@@ -23,6 +24,14 @@ export async function refresh() {
   render();
 }
 
+/** The model that runs, as far as is known. */
+export const active = () => state?.active ?? running;
+
+export function setRunning(model) {
+  running = model;
+  render();
+}
+
 export function setState(value) {
   state = value;
   if (value.job) jobs.set(value.job.id, value.job);
@@ -31,7 +40,10 @@ export function setState(value) {
 
 export function setJob(job) {
   jobs.set(job.id, job);
-  if (ENDED.includes(job.state)) refresh().catch(() => {});
+  if (ENDED.includes(job.state)) {
+    $("upload").textContent = "";
+    refresh().catch(() => {});
+  }
   render();
 }
 
@@ -58,10 +70,13 @@ function renderModels() {
   const busy = Boolean(state?.job);
   const card = (title, model, ...more) =>
     h("div.card", {}, h("h3", {}, title), h("strong", {}, model ? named(model) : "none yet"),
-      model && h("p.quiet", {}, `${short(model.sha256)}${model.epoch == null ? "" : `, epoch ${model.epoch}`}`), ...more);
+      model && h("p.quiet", {}, `digest ${short(model.sha256)}${model.epoch == null ? "" : `, epoch ${model.epoch}`}`), ...more);
+  const labels = active && running?.sha256 === active.sha256 ? running.labels : [];
+  const finds = labels.slice(0, 12).join(", ") + (labels.length > 12 ? ` and ${labels.length - 12} more` : "");
   const lineage = models.find((m) => m.sha256 === active?.sha256)?.lineage?.manifest;
   show($("models"),
     card("Runs now", active,
+      finds && h("p", {}, `finds ${finds}`),
       lineage?.dataset && h("p.quiet", {}, `trained on ${lineage.dataset}`)),
     card("Ran before", previous,
       previous && h("p", {}, h("button.plain", { id: "rollback", disabled: busy, onclick: rollback }, `Roll back to ${named(previous)}`))));
@@ -77,7 +92,7 @@ async function command(verb, body) {
     await post(`/api/v1/models/${verb}`, { id: commandId(verb), ...body });
     said.textContent = "";
   } catch (error) {
-    said.textContent = `Not done: ${error.message}`;
+    show(said, prose(`Not done: ${error.message}`));
   }
 }
 
@@ -95,7 +110,7 @@ function renderJob() {
     })),
     gates(job),
     job.phase === "awaiting_confirm" && h("p", {},
-      `It waits for a person: ${job.ask?.message ?? ""} `,
+      prose(`It waits for a person: ${job.ask?.message ?? ""} `),
       h("button", { onclick: () => command("confirm", { job: job.id }) }, "Let it go live"), " ",
       h("button.plain", { onclick: () => command("cancel", { job: job.id }) }, "Refuse it")));
 }
@@ -104,7 +119,7 @@ function gates(job) {
   if (!job.gates?.length) return null;
   return h("table.gates", {}, h("tbody", {}, job.gates.map((gate) =>
     h("tr", {}, h("th", { scope: "row" }, gate.gate), h(`td.${gate.verdict}`, {}, VERDICTS[gate.verdict]),
-      h("td", {}, gate.message)))));
+      h("td", {}, prose(gate.message))))));
 }
 
 /** What became of a job, in words. */
@@ -112,7 +127,8 @@ function outcome(job) {
   const reason = job.reason?.message ?? "";
   const name = nameOf(job);
   const swap = swaps.get(job.id)?.[0];
-  const lost = swap ? `, ${swap.frames_lost === 0 ? "no frame lost" : `${swap.frames_lost} frames lost`}` : "";
+  const lost = !swap ? "" : swap.frames_lost === 0 ? ", no frame lost"
+    : swap.overloaded ? `, ${swap.frames_lost} frames more than before dropped by the overloaded box` : `, ${swap.frames_lost} frames lost`;
   if (job.state === "SUCCEEDED" && isRollback(job)) return ["good", `back to ${name}${lost}`];
   if (job.state === "SUCCEEDED") return ["good", `${name} went live${lost}`];
   if (job.state === "REJECTED") return ["bad", `${name} refused: ${reason}`];
@@ -135,11 +151,11 @@ function renderStory() {
     const reports = swaps.get(job.id) ?? [];
     const more = [gates(job), ...reports.map(swapPicture)].filter(Boolean);
     return h(`li${kind ? `.${kind}` : ""}`, {},
-      h("div", {}, when(timeOf(job)), " ", h("strong", {}, text), h("span.quiet", {}, ` · by ${by}`)),
+      h("div", {}, when(timeOf(job)), " ", h("strong", {}, prose(text)), h("span.quiet", {}, ` · by ${by}`)),
       more.length > 0 && h("details", { "data-job": job.id, open: open.has(job.id) },
         h("summary", {}, reports.length ? "The gates, and the swap frame by frame" : "The gates"), more));
   });
-  show($("story"), items.length ? items : h("li", {}, "Nothing yet: the model that was there at the start runs."));
+  show($("story"), items.length ? items : h("li", {}, "No update yet."));
 }
 
 /** Each result a dot: before and after the swap in two colours, the longest gap marked. */
@@ -156,8 +172,7 @@ function swapPicture(report) {
     "aria-label": `Results around the swap: ${words}; ` + cameras.map(([id, c]) =>
       `${id}: longest gap ${number(c.longest_gap_ms, 1)} ms, ${number(c.expected_gap_ms, 1)} ms before`).join("; ") });
   picture.append(h("text.old", { x: x(0) - 8, y: 14, "text-anchor": "end" }, named(report.from)),
-    h("text.new", { x: x(0) + 8, y: 14 }, named(report.to)),
-    h("line.cut", { x1: x(0), x2: x(0), y1: 4, y2: height - 4 }));
+    h("text.new", { x: x(0) + 8, y: 14 }, named(report.to)));
   cameras.forEach(([id, camera], index) => {
     const y = 40 + row * index;
     const results = [...camera.old_ms, ...camera.new_ms];
@@ -169,8 +184,9 @@ function swapPicture(report) {
       ...camera.old_ms.map((ms) => h("circle.old", { cx: x(ms), cy: y, r: 4 })),
       ...camera.new_ms.map((ms) => h("circle.new", { cx: x(ms), cy: y, r: 4 })),
       h("line.gap", { x1: x(results[widest]), x2: x(results[widest + 1] ?? results[widest]), y1: y + 11, y2: y + 11 }),
-      h("text", { x: left, y: y + 27 }, `frame ${camera.last_old ?? "–"} old, ${camera.first_new ?? "–"} new; ` +
-        `longest gap ${number(camera.longest_gap_ms, 1)} ms, ${number(camera.expected_gap_ms, 1)} ms before the swap`));
+      h("line.cut", { x1: x(0), x2: x(0), y1: y - 16, y2: y + 12 }),
+      h("text", { x: left, y: y + 27 }, `longest gap ${number(camera.longest_gap_ms, 1)} ms, in the minute before ` +
+        `${number(camera.expected_gap_ms, 1)} ms · frame ${camera.last_old ?? "–"} by the old, ${camera.first_new ?? "–"} by the new`));
   });
   return picture;
 }
@@ -179,7 +195,7 @@ function swapPicture(report) {
 async function upload(file) {
   const said = $("upload");
   if (!file.name.toLowerCase().endsWith(".onnx")) {
-    said.textContent = `${file.name} is no ONNX file: export it first (yolo export model=best.pt format=onnx)`;
+    show(said, prose(`${file.name} is no ONNX file: export it first, \`yolo export model=best.pt format=onnx\``));
     return;
   }
   said.textContent = `${file.name} is sent …`;
@@ -188,7 +204,7 @@ async function upload(file) {
     await ask(`/api/v1/models/push?${query}`, { method: "POST", body: file });
     said.textContent = `${file.name} has arrived.`;
   } catch (error) {
-    said.textContent = `${file.name} was not taken: ${error.message}`;
+    show(said, prose(`${file.name} was not taken: ${error.message}`));
   }
 }
 

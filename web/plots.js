@@ -14,6 +14,8 @@ export function add(telemetry) {
   if (records.length > POINTS_MAX) records.shift();
 }
 
+export const clear = () => { records.length = 0; };
+
 /** Draws what was added; new plots when the cameras are others. */
 export function draw() {
   const ids = [...new Set(records.flatMap((r) => Object.keys(r.cameras)))];
@@ -38,7 +40,11 @@ function plot(element, series) {
   const style = getComputedStyle(document.documentElement);
   const axis = { stroke: style.getPropertyValue("--quiet"), grid: { stroke: style.getPropertyValue("--line"), width: 1 } };
   const zero = (u, min, max) => [0, Math.max(1, max * 1.1)];
-  const options = { width: element.clientWidth, height: 220, series: [{}, ...series], axes: [axis, axis], scales: { y: { range: zero } } };
+  // A first record alone would stand in an axis of years.
+  const minutes = ({ data: [times] }) => [Math.min(times[0] ?? 0, (times.at(-1) ?? 0) - 120), times.at(-1) ?? 0];
+  const scales = { x: { range: minutes }, y: { range: zero } };
+  const options = { width: element.clientWidth, height: 220, series: [{}, ...series], axes: [axis, axis], scales, legend: { live: false } };
+  element.replaceChildren();
   const made = new uPlot(options, [[]], element);
   new ResizeObserver(() => made.setSize({ width: element.clientWidth, height: 220 })).observe(element);
   return made;

@@ -29,7 +29,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let templates = assets::templates(args.config.parent());
     let mut sound = Findings::default();
     if config.cameras.is_empty() {
-        println!("-        {NO_CAMERA}");
+        say!("-        {NO_CAMERA}");
     }
     if args.live {
         live(&config, &templates, &mut sound)?;
@@ -43,7 +43,7 @@ pub(super) fn run(args: Args) -> Outcome {
         eprintln!("{} is well-formed, with {} problem(s)", args.config.display(), sound.problems);
         return Err(Failure::Said);
     }
-    println!("{} is fine", args.config.display());
+    say!("{} is fine", args.config.display());
     Ok(())
 }
 
@@ -56,10 +56,10 @@ struct Findings {
 impl Findings {
     fn note<E: std::fmt::Display>(&mut self, what: &str, found: Result<String, E>) {
         match found {
-            Ok(text) => println!("ok       {what}: {text}"),
+            Ok(text) => say!("ok       {what}: {text}"),
             Err(why) => {
                 self.problems += 1;
-                println!("PROBLEM  {what}: {why:#}");
+                say!("PROBLEM  {what}: {why:#}");
             }
         }
     }
@@ -75,7 +75,7 @@ fn live(config: &Config, templates: &Templates, sound: &mut Findings) -> anyhow:
     let runtime = Runtime::load(library_for(&config.inference).as_deref());
     match (&config.models.factory, runtime) {
         (_, Err(e)) => sound.note::<anyhow::Error>("ONNX Runtime", Err(e.into())),
-        (None, Ok(_)) => println!("-        model: none is configured (models.factory)"),
+        (None, Ok(_)) => say!("-        model: none is configured (models.factory)"),
         (Some(path), Ok(runtime)) => {
             let options = EngineOptions::of(&config.inference, &config.models);
             let model = Model::open(&runtime, path, &options, &Overrides::default());

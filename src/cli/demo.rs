@@ -40,14 +40,14 @@ pub(super) fn run(args: Args) -> Outcome {
                 view.detections(&message.payload);
             }
             for line in story.lines(&message.topic, &message.payload) {
-                println!("{line}");
+                say!("{line}");
             }
         }
         if let Some(text) = demo.publish_due(began.elapsed())? {
-            println!("\n{text}");
+            say!("\n{text}");
         }
         for line in view.lines(shown.elapsed().as_secs_f64()) {
-            println!("{line}");
+            say!("{line}");
         }
         shown = Instant::now();
         demo.app.tick();
@@ -59,9 +59,9 @@ pub(super) fn run(args: Args) -> Outcome {
 fn introduce(demo: &Demo, port: u16) {
     let root = demo.app.topics().root();
     if let Some(page) = demo.app.page() {
-        println!("\nLook at it in a browser: http://{page}");
+        say!("\nLook at it in a browser: http://{page}");
     }
-    println!(
+    say!(
         "\nTwo RTSP cameras, a model and an MQTT broker run on this machine.\n\
          What follows is made of the records that arrive over MQTT. See them in another terminal:\n\n    \
          mosquitto_sub -h 127.0.0.1 -p {port} -t '{root}/cameras/+/detections'\n    \
@@ -74,13 +74,13 @@ fn introduce(demo: &Demo, port: u16) {
 }
 
 fn sum_up(last: &Snapshot, view: &View) -> Outcome {
-    println!();
+    say!();
     let mut exact = true;
     for camera in &last.cameras {
         let ledger = &camera.lane.ledger;
         let seen = view.cameras.get(&camera.id).cloned().unwrap_or_default();
         exact &= ledger.is_exact() && seen.missing == 0 && seen.lost == 0;
-        println!(
+        say!(
             "{:<8} {} frames offered = {} inferred + {} failed + {} dropped; \
              {} records received, {} missing, {} frames unaccounted for",
             camera.id,
@@ -94,7 +94,7 @@ fn sum_up(last: &Snapshot, view: &View) -> Outcome {
         );
     }
     if exact {
-        println!("The ledger is exact.");
+        say!("The ledger is exact.");
         Ok(())
     } else {
         eprintln!("The ledger is NOT exact: this is a defect, please report it.");

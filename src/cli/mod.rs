@@ -1,5 +1,12 @@
 //! The commands, one file each, and what they share: exit codes, logging, signals.
 
+/// `println!`, but whoever reads may leave, as in `noblink model list | head`: the command goes on to
+/// its end, and its exit code says how that was.
+macro_rules! say {
+    () => { $crate::cli::line(format_args!("")) };
+    ($($text:tt)*) => { $crate::cli::line(format_args!($($text)*)) };
+}
+
 mod bench;
 mod check;
 mod demo;
@@ -11,6 +18,8 @@ mod run;
 mod status;
 mod tune;
 
+use std::fmt;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -104,9 +113,20 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// A line of what a command has to say.
+fn line(text: fmt::Arguments<'_>) {
+    match writeln!(io::stdout(), "{text}") {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("noblink: standard output can't be written to: {e}");
+            std::process::exit(1);
+        }
+        _ => {}
+    }
+}
+
 /// Prints a value as JSON, for machines.
 fn print_json(value: &impl serde::Serialize) -> Outcome {
     let text = serde_json::to_string_pretty(value).map_err(anyhow::Error::from)?;
-    println!("{text}");
+    say!("{text}");
     Ok(())
 }

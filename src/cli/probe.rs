@@ -58,11 +58,11 @@ pub(super) fn run(args: Args) -> Outcome {
     if args.json {
         return print_json(&report);
     }
-    println!("{source}\n");
+    say!("{source}\n");
     for (name, value) in facts(&report).into_iter().chain([("picture", picture)]) {
-        println!("  {name:<15}{value}");
+        say!("  {name:<15}{value}");
     }
-    println!("\n{}", report.config);
+    say!("\n{}", report.config);
     Ok(())
 }
 

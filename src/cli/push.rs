@@ -97,7 +97,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let install = if args.manual { Install::Manual } else { Install::Auto };
     let offer = Offer::read(Path::new(&args.file), args.id, install)?;
     let (broker, topics, device) = args.over.resolve()?;
-    println!(
+    say!(
         "{}: {} bytes, sha256 {}, job {}, to {device} by {}",
         args.file,
         offer.size(),
@@ -160,7 +160,7 @@ impl View {
             News::Job(job) => self.job(&job),
         };
         if self.last != line {
-            println!("{line}");
+            say!("{line}");
             self.last = line;
         }
     }
@@ -169,11 +169,12 @@ impl View {
     fn ask(&mut self, bytes: u64) {
         let percent = bytes * 100 / self.size.max(1);
         if std::io::stdout().is_terminal() {
-            print!("\r{percent} % asked for{}", if percent == 100 { "\n" } else { "" });
-            // Only looks are lost.
-            let _ = std::io::stdout().flush();
+            // Only looks are lost where it can't be written.
+            let mut out = std::io::stdout();
+            let end = if percent == 100 { "\n" } else { "" };
+            let _ = write!(out, "\r{percent} % asked for{end}").and_then(|()| out.flush());
         } else if self.percent.is_none_or(|p| percent / 10 != p / 10) {
-            println!("{percent} % asked for");
+            say!("{percent} % asked for");
         }
         self.percent = Some(percent);
     }

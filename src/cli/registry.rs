@@ -130,21 +130,21 @@ fn follow(client: &Client<'_>, id: &str) -> Outcome {
             gates += 1;
         }
         for entered in job["entered"].as_array().into_iter().flatten().skip(phases) {
-            println!("{}", entered[0].as_str().unwrap_or("?"));
+            say!("{}", entered[0].as_str().unwrap_or("?"));
             phases += 1;
         }
         if !asked && job["ask"].is_object() && job["phase"] == "awaiting_confirm" {
-            println!("  {}: `noblink model confirm`", reason(&job["ask"]));
+            say!("  {}: `noblink model confirm`", reason(&job["ask"]));
             asked = true;
         }
         match job["state"].as_str() {
             Some("SUCCEEDED") => {
-                println!("SUCCEEDED");
+                say!("SUCCEEDED");
                 return Ok(());
             }
             Some("QUEUED" | "IN_PROGRESS") => {}
             state => {
-                println!("{}: {}", state.unwrap_or("?"), reason(&job["reason"]));
+                say!("{}: {}", state.unwrap_or("?"), reason(&job["reason"]));
                 return Err(Failure::Said);
             }
         }
@@ -155,7 +155,7 @@ fn follow(client: &Client<'_>, id: &str) -> Outcome {
 
 fn print_gate(gate: &Value) {
     let text = |key: &str| gate[key].as_str().unwrap_or("?").to_owned();
-    println!("  {:<8} {:<12} {}", text("verdict"), text("gate"), text("message"));
+    say!("  {:<8} {:<12} {}", text("verdict"), text("gate"), text("message"));
 }
 
 /// What runs, what is in the store, the last jobs.
@@ -167,7 +167,7 @@ pub(super) fn list(service: &Service, as_json: bool) -> Outcome {
     }
     let sha = |model: &Value| model["sha256"].as_str().unwrap_or_default().to_owned();
     let (active, previous) = (sha(&all["state"]["active"]), sha(&all["state"]["previous"]));
-    println!("{:<10} {:<16} {:<12} {:<10} {:>10}  from", "", "model", "version", "sha256", "bytes");
+    say!("{:<10} {:<16} {:<12} {:<10} {:>10}  from", "", "model", "version", "sha256", "bytes");
     for model in all["models"].as_array().into_iter().flatten() {
         let digest = sha(model);
         let mark = match () {
@@ -176,7 +176,7 @@ pub(super) fn list(service: &Service, as_json: bool) -> Outcome {
             () => "",
         };
         let text = |key: &str| model[key].as_str().unwrap_or("").to_owned();
-        println!(
+        say!(
             "{mark:<10} {:<16} {:<12} {:<10} {:>10}  {}",
             text("id"),
             text("version"),
@@ -185,11 +185,11 @@ pub(super) fn list(service: &Service, as_json: bool) -> Outcome {
             text("from")
         );
     }
-    println!("\n{:<24} {:<12} {:<7} {:<22} reason", "job", "state", "way", "from");
+    say!("\n{:<24} {:<12} {:<7} {:<22} reason", "job", "state", "way", "from");
     for job in all["jobs"].as_array().into_iter().flatten() {
         let text = |key: &str| job[key].as_str().unwrap_or("").to_owned();
         let why = job["reason"]["code"].as_str().unwrap_or("");
-        println!(
+        say!(
             "{:<24} {:<12} {:<7} {:<22} {why}",
             text("id"),
             text("state"),
@@ -228,7 +228,7 @@ pub(super) fn command(service: &Service, verb: &str, mut body: Value) -> Outcome
     if verb == "rollback" {
         return follow(&client, &id);
     }
-    println!("done");
+    say!("done");
     Ok(())
 }
 

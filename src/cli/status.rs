@@ -24,20 +24,20 @@ pub(super) fn run(args: Args) -> Outcome {
         return print_json(&report);
     }
     let status = &report["status"];
-    println!(
+    say!(
         "{} runs noblink {} since {}",
         text(&status["device"]),
         text(&status["version"]),
         text(&status["started"])
     );
-    println!("model   {}", model(&status["model"]));
-    println!("job     {}", job(&report["models"]["job"]));
-    println!("link    {}", link(&report["link"]));
+    say!("model   {}", model(&status["model"]));
+    say!("job     {}", job(&report["models"]["job"]));
+    say!("link    {}", link(&report["link"]));
     for (id, camera) in report["cameras"].as_object().into_iter().flatten() {
-        println!("camera  {id}: {}", self::camera(camera));
+        say!("camera  {id}: {}", self::camera(camera));
     }
     for advice in report["advice"].as_array().into_iter().flatten() {
-        println!("next    {}", text(advice));
+        say!("next    {}", text(advice));
     }
     Ok(())
 }

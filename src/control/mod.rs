@@ -11,9 +11,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use axum::Json;
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, RawQuery, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -44,11 +45,31 @@ pub fn socket_path(state_dir: &Path) -> PathBuf {
 
 /// What the handlers share.
 #[derive(Clone)]
-struct Shared {
-    desk: Arc<Desk>,
-    reporter: Reporter,
-    size_max: u64,
-    way: Way,
+pub struct Shared {
+    /// Where orders go, or why nothing takes any: ONNX Runtime is missing.
+    pub desk: Result<Arc<Desk>, Arc<str>>,
+    /// `noblink status`
+    pub reporter: Reporter,
+    /// Largest model that is taken, bytes.
+    pub size_max: u64,
+    /// By which way the orders come.
+    pub way: Way,
+}
+
+impl Shared {
+    fn desk(&self) -> Result<&Arc<Desk>, NoRuntime> {
+        self.desk.as_ref().map_err(|why| NoRuntime(Arc::clone(why)))
+    }
+}
+
+/// ONNX Runtime is missing, and why.
+struct NoRuntime(Arc<str>);
+
+impl IntoResponse for NoRuntime {
+    fn into_response(self) -> Response {
+        let text = format!("no model runs: {}", self.0);
+        refuse(StatusCode::SERVICE_UNAVAILABLE, "no_runtime", text)
+    }
 }
 
 /// Binds the socket; the future serves it.
@@ -57,18 +78,17 @@ struct Shared {
 /// The path can't be bound.
 pub fn serve(
     path: &Path,
-    desk: Arc<Desk>,
-    reporter: Reporter,
-    size_max: u64,
+    shared: Shared,
 ) -> anyhow::Result<impl Future<Output = ()> + Send + use<>> {
-    // A socket that a dead process left behind; a living one has the registry open, and this
-    // process would not have come so far.
+    let lives = std::os::unix::net::UnixStream::connect(path).is_ok();
+    ensure!(!lives, "another noblink answers at the control socket {}", path.display());
+    // Else it is one that a dead process left behind.
     let _ = std::fs::remove_file(path);
     let listener = std::os::unix::net::UnixListener::bind(path)
         .with_context(|| format!("the control socket {} can't be bound", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     listener.set_nonblocking(true)?;
-    let router = router(desk, reporter, size_max, Way::Cli);
+    let router = router(shared);
     Ok(async move {
         let served = async { axum::serve(UnixListener::from_std(listener)?, router).await };
         if let Err(e) = served.await {
@@ -77,8 +97,8 @@ pub fn serve(
     })
 }
 
-/// Models and jobs, for the socket and for the page: orders come by `way`.
-pub fn router(desk: Arc<Desk>, reporter: Reporter, size_max: u64, way: Way) -> axum::Router {
+/// Status, models and jobs, for the socket and for the page.
+pub fn router(shared: Shared) -> axum::Router {
     axum::Router::new()
         .route("/api/v1/status", get(status))
         .route("/api/v1/models", get(models))
@@ -87,27 +107,35 @@ pub fn router(desk: Arc<Desk>, reporter: Reporter, size_max: u64, way: Way) -> a
         .route("/api/v1/models/desired", post(desired))
         .route("/api/v1/models/{verb}", post(verb))
         .layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX))
-        .with_state(Shared { desk, reporter, size_max, way })
+        .with_state(shared)
 }
 
 async fn status(State(shared): State<Shared>) -> Json<Value> {
     Json(shared.reporter.report())
 }
 
-async fn models(State(shared): State<Shared>) -> Json<Value> {
-    let view = shared.desk.view();
-    Json(json!({ "state": view.state, "models": view.models, "jobs": view.jobs }))
+async fn models(State(shared): State<Shared>) -> Result<Json<Value>, NoRuntime> {
+    let view = shared.desk()?.view();
+    Ok(Json(json!({ "state": view.state, "models": view.models, "jobs": view.jobs })))
 }
 
-async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Response {
-    match shared.desk.view().jobs.into_iter().find(|j| j.id == id) {
+async fn job(
+    State(shared): State<Shared>,
+    UrlPath(id): UrlPath<String>,
+) -> Result<Response, NoRuntime> {
+    Ok(match shared.desk()?.view().jobs.into_iter().find(|j| j.id == id) {
         Some(job) => Json(json!(job)).into_response(),
         None => refuse(
             StatusCode::NOT_FOUND,
             "unknown_job",
             format!("there is no job {}", brief(&id, 60)),
         ),
-    }
+    })
+}
+
+/// A request that could not be read, in the words of what tried.
+pub fn unreadable(status: StatusCode, why: String) -> Response {
+    refuse(status, "bad_request", why)
 }
 
 /// An answer that says why not.
@@ -117,8 +145,12 @@ pub fn refuse(status: StatusCode, code: &'static str, message: String) -> Respon
 
 /// Hands an order over and waits for the answer.
 async fn ask(shared: &Shared, order: Order) -> Response {
+    let desk = match shared.desk() {
+        Ok(desk) => desk,
+        Err(missing) => return missing.into_response(),
+    };
     let (sender, answer) = oneshot::channel();
-    shared.desk.ask(Ask {
+    desk.ask(Ask {
         order,
         way: shared.way,
         from: shared.way.name().into(),
@@ -134,15 +166,22 @@ async fn ask(shared: &Shared, order: Order) -> Response {
     }
 }
 
-async fn desired(State(shared): State<Shared>, body: Bytes) -> Response {
-    ask(&shared, Order::Desired(body.to_vec())).await
+async fn desired(State(shared): State<Shared>, body: Result<Bytes, BytesRejection>) -> Response {
+    match body {
+        Ok(body) => ask(&shared, Order::Desired(body.to_vec())).await,
+        Err(e) => unreadable(e.status(), e.body_text()),
+    }
 }
 
 async fn verb(
     State(shared): State<Shared>,
     UrlPath(verb): UrlPath<String>,
-    body: Bytes,
+    body: Result<Bytes, BytesRejection>,
 ) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     match orders::local(&verb, &body) {
         Ok(order) => ask(&shared, order).await,
         Err(why) => {
@@ -162,23 +201,40 @@ async fn push(
         Ok(pushed) => pushed,
         Err(why) => return refuse(StatusCode::BAD_REQUEST, "bad_command", format!("push: {why}")),
     };
-    let blob = match store(&shared, pushed.size, body).await {
+    let desk = match shared.desk() {
+        Ok(desk) => desk,
+        Err(missing) => return missing.into_response(),
+    };
+    let blob = match store(desk.store(), pushed.size, shared.size_max, body).await {
         Ok(blob) => blob,
-        Err(e) => return refuse(StatusCode::INSUFFICIENT_STORAGE, e.code(), e.to_string()),
+        Err(e) => {
+            let status = match e {
+                StoreError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+                StoreError::Incomplete { .. } => StatusCode::BAD_REQUEST,
+                _ => StatusCode::INSUFFICIENT_STORAGE,
+            };
+            return refuse(status, e.code(), e.to_string());
+        }
     };
     ask(&shared, pushed.order(blob)).await
 }
 
 /// Writes a body into the store, bounded, off this thread.
-async fn store(shared: &Shared, size: u64, body: Body) -> Result<Blob, StoreError> {
+async fn store(store: &Store, size: u64, size_max: u64, body: Body) -> Result<Blob, StoreError> {
     let (pieces, mut written) = tokio::sync::mpsc::channel::<Bytes>(PIECES_MAX);
-    let (store, size_max): (Store, u64) = (shared.desk.store().clone(), shared.size_max);
+    let store = store.clone();
     let writer = tokio::task::spawn_blocking(move || {
-        let mut part = store.stage(size, size_max)?;
+        if size > size_max {
+            return Err(StoreError::TooLarge { max: size_max });
+        }
+        let mut part = store.stage(size, size)?;
         while let Some(piece) = written.blocking_recv() {
             part.write(&piece)?;
         }
-        part.finish(None)
+        match part.len() {
+            found if found < size => Err(StoreError::Incomplete { wanted: size, found }),
+            _ => part.finish(None),
+        }
     });
     let mut stream = body.into_data_stream();
     while let Some(Ok(piece)) = stream.next().await {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::config::NO_CAMERA;
 use crate::mqtt::board::Board;
 use crate::mqtt::link::LinkHandle;
 use crate::mqtt::topics::Topics;
@@ -37,13 +36,7 @@ impl Reporter {
         let cameras: Map<String, Value> = ids
             .map(|id| (id.clone(), told(&self.topics.camera_status(id)).unwrap_or_default()))
             .collect();
-        let mut advice: Vec<Value> = Vec::new();
-        if status.is_object() && cameras.is_empty() {
-            advice.push(NO_CAMERA.into());
-        }
-        if let Some(next) = status["advice"].as_str() {
-            advice.push(format!("no model yet: {next}").into());
-        }
+        let advice: Vec<&str> = status["advice"].as_str().unwrap_or_default().lines().collect();
         json!({
             "status": status,
             "cameras": cameras,

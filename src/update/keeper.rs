@@ -179,12 +179,7 @@ impl Keeper {
     pub fn collect(&self) -> Result<usize, StoreError> {
         let pinned = self.registry.models()?.into_iter().filter(|m| m.pinned).map(|m| m.sha256);
         let keep: BTreeSet<Digest> = self.state.in_use().chain(pinned).collect();
-        let fetching = self
-            .state
-            .job
-            .as_ref()
-            .is_some_and(|j| j.phase == Some(Phase::Receiving) && j.digest.is_none());
-        self.store.collect(&keep, !fetching)
+        self.store.collect(&keep)
     }
 
     /// Refuses a manifest that describes the running model's bytes in another way.

@@ -72,6 +72,14 @@ pub enum StoreError {
         /// The bound.
         max: u64,
     },
+    /// Fewer bytes than announced.
+    #[error("{found} of {wanted} bytes arrived: send it again")]
+    Incomplete {
+        /// What was announced.
+        wanted: u64,
+        /// What came.
+        found: u64,
+    },
     /// The bytes that were received are not those that were announced.
     #[error("the bytes received have digest {found}, {wanted} was announced")]
     Mismatch {
@@ -108,6 +116,7 @@ impl StoreError {
             Self::Newer { .. } => "newer_format",
             Self::Damaged { .. } => "blob_corrupt",
             Self::TooLarge { .. } => "too_large",
+            Self::Incomplete { .. } => "incomplete",
             Self::Mismatch { .. } => "digest_mismatch",
             Self::Io { .. } | Self::Database { .. } => "storage_failed",
         }
@@ -140,9 +149,16 @@ pub struct Store {
     blobs: PathBuf,
     staging: PathBuf,
     reserve: u64,
-    /// Blobs that were put in without a job that names them: whoever put them in is about to make
-    /// one. They are not collected before [`Store::settle`].
-    unnamed: Arc<Mutex<BTreeSet<Digest>>>,
+    unnamed: Arc<Mutex<Unnamed>>,
+}
+
+/// What no job names yet, and is not collected all the same.
+#[derive(Debug, Default)]
+struct Unnamed {
+    /// Whoever put them in is about to make a job: until [`Store::settle`].
+    blobs: BTreeSet<Digest>,
+    /// Somebody in this process writes them. Those of a process that died are nobody's.
+    parts: BTreeSet<PathBuf>,
 }
 
 /// A complete blob.
@@ -179,10 +195,10 @@ impl Store {
 
     /// A job names the blob now, or never will: from now on the state alone says what is kept.
     pub fn settle(&self, digest: &Digest) {
-        self.unnamed().remove(digest);
+        self.unnamed().blobs.remove(digest);
     }
 
-    fn unnamed(&self) -> MutexGuard<'_, BTreeSet<Digest>> {
+    fn unnamed(&self) -> MutexGuard<'_, Unnamed> {
         self.unnamed.lock().expect("nothing panics while it holds the unnamed")
     }
 
@@ -216,7 +232,11 @@ impl Store {
         let random = getrandom::u64().map_err(|e| io::Error::other(e.to_string()));
         let random = random.map_err(StoreError::io(&self.staging))?;
         let path = self.staging.join(format!("new-{random:016x}.part"));
-        let file = part_options().create_new(true).open(&path).map_err(StoreError::io(&path))?;
+        self.unnamed().parts.insert(path.clone());
+        let file = part_options().create_new(true).open(&path).map_err(|e| {
+            self.unnamed().parts.remove(&path);
+            StoreError::io(&path)(e)
+        })?;
         failpoint::hit("store.part_created");
         Ok(Part { store: self.clone(), path, file, hash: Sha256::new(), len: 0, max, keep: false })
     }
@@ -261,28 +281,26 @@ impl Store {
         Ok(())
     }
 
-    /// Removes blobs that are not to be kept, and staged files that nobody goes on with: those of
-    /// other digests and, with `nameless`, those of a digest that is not known yet. Returns how
+    /// Removes blobs that are not to be kept, and staged files that nobody goes on with. Returns how
     /// many files went.
-    pub fn collect(&self, keep: &BTreeSet<Digest>, nameless: bool) -> Result<usize, StoreError> {
+    pub fn collect(&self, keep: &BTreeSet<Digest>) -> Result<usize, StoreError> {
         let mut removed = 0;
         failpoint::hit("store.before_collect");
         // Held meanwhile: none of them comes to be between the look and the removal.
         let unnamed = self.unnamed();
-        let wanted = |d: &&Digest| keep.contains(*d) || unnamed.contains(*d);
+        let wanted = |d: &&Digest| keep.contains(*d) || unnamed.blobs.contains(*d);
         for digest in self.list()?.iter().filter(|d| !wanted(d)) {
             let path = self.path(digest);
             fs::remove_file(&path).map_err(StoreError::io(&path))?;
             removed += 1;
         }
-        drop(unnamed);
         let staged = fs::read_dir(&self.staging).map_err(StoreError::io(&self.staging))?;
         for path in staged.flatten().map(|e| e.path()) {
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
             let digest = name.strip_prefix("sha256-").and_then(|n| n.strip_suffix(".part"));
             let wanted = match digest.and_then(|d| d.parse().ok()) {
                 Some(digest) => keep.contains(&digest) && !self.contains(&digest),
-                None => !nameless,
+                None => unnamed.parts.contains(&path),
             };
             if !wanted {
                 fs::remove_file(&path).map_err(StoreError::io(&path))?;
@@ -382,7 +400,7 @@ impl Part {
         self.file.sync_all().map_err(StoreError::io(&self.path))?;
         failpoint::hit("store.part_synced");
         if wanted.is_none() {
-            self.store.unnamed().insert(found);
+            self.store.unnamed().blobs.insert(found);
         }
         // Over an existing blob too: a damaged one is repaired by sending it again.
         fs::rename(&self.path, &target).map_err(StoreError::io(&target))?;
@@ -405,5 +423,6 @@ impl Drop for Part {
         if !self.keep {
             let _ = fs::remove_file(&self.path);
         }
+        self.store.unnamed().parts.remove(&self.path);
     }
 }

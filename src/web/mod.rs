@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::Context;
 use axum::Json;
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, SET_COOKIE};
 use axum::http::{HeaderValue, StatusCode};
@@ -27,11 +28,8 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::control::status::Reporter;
-use crate::control::{self, refuse};
+use crate::control::{self, refuse, unreadable};
 use crate::preview::Previews;
-use crate::update::job::Way;
-use crate::update::updater::Desk;
 use auth::Guard;
 use feed::{Event, Feed};
 
@@ -49,12 +47,8 @@ pub struct Shared {
     pub metrics: Arc<metrics::Page>,
     /// For `/readyz`: a model runs and the broker was tried.
     pub ready: Arc<AtomicBool>,
-    /// `noblink status`, in JSON.
-    pub reporter: Reporter,
-    /// Orders; `None` without ONNX Runtime.
-    pub desk: Option<Arc<Desk>>,
-    /// Largest model that is taken, bytes.
-    pub size_max: u64,
+    /// Status, models and jobs, as over the control socket.
+    pub control: control::Shared,
 }
 
 /// Binds the port; the future serves it.
@@ -81,16 +75,12 @@ pub fn serve(
 }
 
 fn router(guard: Guard, shared: Shared) -> axum::Router {
-    let models = shared
-        .desk
-        .clone()
-        .map(|desk| control::router(desk, shared.reporter.clone(), shared.size_max, Way::Page));
     let guarded = axum::Router::new()
         .route("/api/v1/events", get(events))
         .route("/api/v1/live", get(live))
         .route("/metrics", get(metrics))
         .with_state(shared.clone())
-        .merge(models.unwrap_or_default())
+        .merge(control::router(shared.control.clone()))
         .layer(middleware::from_fn_with_state(guard.clone(), auth::check));
     let open = axum::Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
@@ -133,7 +123,11 @@ struct Login {
     token: String,
 }
 
-async fn login(State(guard): State<Guard>, Json(login): Json<Login>) -> Response {
+async fn login(State(guard): State<Guard>, login: Result<Json<Login>, JsonRejection>) -> Response {
+    let login = match login {
+        Ok(Json(login)) => login,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     if !guard.is_token(&login.token) {
         // Guessing is made slow, not impossible: the token is as long as whoever chose it wanted.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -202,7 +196,14 @@ struct Wanted {
 /// Pictures of some cameras with what was found on them, as long as the request stands: each is its
 /// length (4 bytes, big end first) and a [`crate::preview::Picture`]. One request for all: browsers
 /// open six connections to a server at most.
-async fn live(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
+async fn live(
+    State(shared): State<Shared>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Response {
+    let wanted = match wanted {
+        Ok(Query(wanted)) => wanted,
+        Err(e) => return unreadable(e.status(), e.body_text()),
+    };
     let (sender, receiver) = tokio::sync::mpsc::channel(2);
     for id in wanted.cameras.split(',').take(CAMERAS_MAX) {
         let Some(tap) = shared.previews.known(id) else {

@@ -17,7 +17,7 @@ use crate::net::Net;
 use crate::preview::Previews;
 use crate::snapshot::{CameraSnapshot, Snapshot};
 use crate::update::updater::Desk;
-use crate::{log, notify};
+use crate::{control, log, notify};
 
 /// Shorter tokens are refused: they can be guessed.
 const TOKEN_MIN: usize = 16;
@@ -39,19 +39,17 @@ impl Page {
         net: &Net,
         feed: Arc<Feed>,
         previews: Arc<Previews>,
-        desk: Option<Arc<Desk>>,
+        control: control::Shared,
     ) -> Self {
         let (metrics, ready) = (Arc::default(), Arc::default());
-        let outbox_max_bytes = config.outbox.max_bytes;
+        let (desk, outbox_max_bytes) = (control.desk.clone().ok(), config.outbox.max_bytes);
         let mut page = Self { feed, metrics, ready, desk, outbox_max_bytes, address: None };
         let shared = super::Shared {
             feed: Arc::clone(&page.feed),
             previews,
             metrics: Arc::clone(&page.metrics),
             ready: Arc::clone(&page.ready),
-            reporter: net.reporter().clone(),
-            desk: page.desk.clone(),
-            size_max: config.models.max_size,
+            control,
         };
         let Some(listen) = config.web.listen else { return page };
         match token(&config.web).and_then(|token| net.web(listen, token, shared)) {

@@ -20,6 +20,7 @@ pub mod schema;
 pub mod service;
 pub mod site;
 pub mod store;
+pub mod web;
 pub mod week;
 pub mod wire;
 

@@ -146,8 +146,13 @@ fn collection_keeps_what_came_in_until_a_job_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let mut keeper = open(dir.path());
     start(&mut keeper);
+    let staging = dir.path().join("staging");
+    fs::write(staging.join("new-0123456789abcdef.part"), "of a process that died").unwrap();
     let mut part = keeper.store().stage(3, 1 << 20).unwrap();
-    part.write(b"new").unwrap();
+    part.write(b"ne").unwrap();
+    keeper.collect().unwrap();
+    assert_eq!(names(&staging).len(), 1, "the one on its way");
+    part.write(b"w").unwrap();
     let blob = part.finish(None).unwrap();
     keeper.collect().unwrap();
     assert!(keeper.store().contains(&blob.digest));

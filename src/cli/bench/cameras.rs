@@ -4,9 +4,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use gst::prelude::*;
 
+use crate::assets;
 use crate::rtsp::{self, RtspServer};
 
 #[derive(Debug, clap::Args)]
@@ -36,6 +37,15 @@ pub(super) struct Cameras {
 }
 
 impl Cameras {
+    /// A camera for each clip, or the demo's two.
+    pub(super) fn of(clips: &[PathBuf]) -> anyhow::Result<Self> {
+        if !clips.is_empty() {
+            return Self::start(clips);
+        }
+        let clips = ["line-a", "line-b"].map(|id| assets::find(&format!("models/clips/{id}.mp4")));
+        Self::start(&clips.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| anyhow!(e))?)
+    }
+
     pub(super) fn start(clips: &[PathBuf]) -> anyhow::Result<Self> {
         let mut process = Command::new(std::env::current_exe()?)
             .args(["bench", "cameras"])

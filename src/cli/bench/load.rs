@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use serde::Serialize;
 
+use super::SETTLED;
 use super::cameras::{self, Cameras};
 use super::service::{Seen, Service, Spread};
 use crate::records::rounded;
@@ -39,7 +40,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "FILE", requires = "model")]
     update: Option<PathBuf>,
     /// Lines of TOML under `[inference]`
-    #[arg(long, value_name = "TOML", default_value = "")]
+    #[arg(long, value_name = "TOML", default_value = SETTLED)]
     inference: String,
     /// Print JSON
     #[arg(long)]

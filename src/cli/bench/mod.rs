@@ -2,6 +2,7 @@
 
 mod cameras;
 mod load;
+mod page;
 mod pipeline;
 mod service;
 mod swap;
@@ -11,6 +12,9 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{Outcome, print_json};
+
+/// Under `[inference]`: `auto` would measure, and move the model, in the midst of it.
+const SETTLED: &str = "provider = \"cpu\"";
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -23,6 +27,11 @@ pub(super) enum Command {
     Pipeline(pipeline::Args),
     /// Replace the model over and over, and see what that does to the results
     Swap(swap::Args),
+    /// See what people who look at the page cost the worker
+    Page(page::Args),
+    /// The people: started by `bench page` itself
+    #[command(hide = true)]
+    Viewers(page::Viewers),
 }
 
 pub(super) fn run(command: Command) -> Outcome {
@@ -31,6 +40,8 @@ pub(super) fn run(command: Command) -> Outcome {
         Command::Cameras(args) => Ok(cameras::serve(&args)?),
         Command::Pipeline(args) => show(args.json, &pipeline::run(args)?),
         Command::Swap(args) => show(args.json, &swap::run(&args)?),
+        Command::Page(args) => show(args.json, &page::run(&args)?),
+        Command::Viewers(args) => Ok(page::viewers(&args)?),
     }
 }
 
@@ -38,6 +49,6 @@ fn show<R: fmt::Display + Serialize>(json: bool, report: &R) -> Outcome {
     if json {
         return print_json(report);
     }
-    println!("{report}");
+    say!("{report}");
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 
+use super::SETTLED;
 use super::cameras::Cameras;
 use super::service::{Seen, Service, Spread};
 use crate::demo;
@@ -101,7 +102,7 @@ impl fmt::Display for Report {
         writeln!(f, "{:<46}{:>18.3}", "  without one", sham.missing)?;
         write!(
             f,
-            "\nRSS {:.1} MB at a tenth of the swaps, {:.1} MB at the end",
+            "\nRSS {:.1} MB in the first tenth of the swaps, {:.1} MB in the last",
             self.rss_mb_early, self.rss_mb_end
         )
     }
@@ -117,14 +118,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         Some(r) => Some(Ratio::of(r).with_context(|| format!("--accept-slower {r}: 1 to 1000"))?),
         None => None,
     };
-    let clips = match args.clips.as_slice() {
-        [] => vec![shipped("clips/line-a.mp4")?, shipped("clips/line-b.mp4")?],
-        clips => clips.to_vec(),
-    };
-    let cameras = Cameras::start(&clips)?;
+    let cameras = Cameras::of(&args.clips)?;
     let mut bench = Service::start(&demo::Options {
         model: args.models.first().cloned(),
         urls: cameras.urls.clone(),
+        inference: SETTLED.into(),
         ..demo::Options::default()
     })?;
     bench.settle()?;
@@ -134,18 +132,24 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         updates.extend(bench.install(&format!("update-{update}"), model, slower)?);
         bench.run_for(SPACING);
     }
-    let mut early = Host::read(0.0, 1.0).rss_mb;
+    let mut rss_mb = Vec::new();
     for swap in 0..args.swaps {
         bench.roll_back(&format!("swap-{swap}"))?;
         bench.run_for(SPACING);
-        if swap == args.swaps / 10 {
-            early = Host::read(0.0, 1.0).rss_mb;
-        }
+        rss_mb.push(Host::read(0.0, 1.0).rss_mb);
     }
-    let end = Host::read(0.0, 1.0).rss_mb;
+    // It goes up and down with the session that was just dropped: the median of a tenth of the swaps.
+    let tenth = rss_mb.len().div_ceil(10);
+    let (early, end) = (median(&rss_mb[..tenth]), median(&rss_mb[rss_mb.len() - tenth..]));
     let (results, last) = bench.stop();
     let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
     report(updates, &results, unaccounted, (early, end))
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn shipped(file: &str) -> anyhow::Result<PathBuf> {

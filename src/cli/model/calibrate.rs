@@ -85,11 +85,11 @@ fn calibrate(args: &Args, config: &Config) -> anyhow::Result<()> {
         write(format!("labels/{stem}.txt"), lines(&found).as_bytes())?;
     }
     let (out, taken) = (args.out.display(), frames.len());
-    println!("{out}: {taken} pictures with {objects} labels by {}", model.identity().id);
+    say!("{out}: {taken} pictures with {objects} labels by {}", model.identity().id);
     if taken < count {
-        println!("the source ended before {count} pictures were taken");
+        say!("the source ended before {count} pictures were taken");
     }
-    println!(
+    say!(
         "\nCorrect labels/ with a tool that knows YOLO's text format, then name the folder:\n\n\
          [models.calibration]\ndir = {:?}",
         std::path::absolute(&args.out).unwrap_or_else(|_| args.out.clone())

@@ -119,7 +119,7 @@ fn inspect(file: &std::path::Path, json: bool) -> Outcome {
     if json {
         print_json(&inspection)?;
     } else {
-        println!("{inspection}");
+        say!("{inspection}");
     }
     if inspection.runnable() { Ok(()) } else { Err(Failure::Said) }
 }

@@ -76,7 +76,7 @@ pub(super) fn keygen(args: &KeygenArgs) -> Outcome {
     let public_file = beside(&args.file, ".pub");
     std::fs::write(&public_file, public.to_file())
         .with_context(|| format!("{} can't be written", public_file.display()))?;
-    println!(
+    say!(
         "{}: the secret key; keep it off the devices\n{}: the public key\n\nFor the devices:\n\n\
          [models]\npublic_keys = [\"{}\"]",
         args.file.display(),
@@ -119,7 +119,7 @@ pub(super) fn sign(args: &SignArgs) -> Outcome {
     for (file, text) in [(&manifest_file, manifest), (&signature_file, signed)] {
         std::fs::write(file, text)
             .with_context(|| format!("{} can't be written", file.display()))?;
-        println!("{}", file.display());
+        say!("{}", file.display());
     }
     Ok(())
 }

@@ -151,10 +151,10 @@ fn print(judged: &Judged) {
     let (file, model) = (&judged.file, &judged.model);
     let model = model.as_ref().map_or(String::new(), |m| format!(" ({} {})", m.id, m.version));
     match &judged.reason {
-        None => println!("{file}{model}: accepted\n"),
+        None => say!("{file}{model}: accepted\n"),
         // A gate says the sentence; what came before the gates has none.
-        Some(reason) if judged.gates.is_empty() => println!("{file}: rejected, {reason}"),
-        Some(reason) => println!("{file}{model}: rejected, {}\n", reason.code),
+        Some(reason) if judged.gates.is_empty() => say!("{file}: rejected, {reason}"),
+        Some(reason) => say!("{file}{model}: rejected, {}\n", reason.code),
     }
     for gate in &judged.gates {
         let verdict = match gate.verdict {
@@ -163,7 +163,7 @@ fn print(judged: &Judged) {
             Verdict::Skipped => "skipped",
             Verdict::Ask => "ASKS",
         };
-        println!("  {verdict:<8} {:<12} {}", gate.gate, gate.message);
+        say!("  {verdict:<8} {:<12} {}", gate.gate, gate.message);
     }
     if let Some(total) = judged.phases_ms.get("total") {
         let phases: Vec<_> = judged
@@ -173,9 +173,9 @@ fn print(judged: &Judged) {
             .map(|(name, ms)| format!("{name} {ms:.0} ms"))
             .collect();
         let mb = judged.memory_peak_bytes as f64 / 1e6;
-        println!("\n  proven in {total:.0} ms ({}), {mb:.0} MB at most", phases.join(", "));
+        say!("\n  proven in {total:.0} ms ({}), {mb:.0} MB at most", phases.join(", "));
     }
     if let Some(ask) = &judged.ask {
-        println!("  as an update it would wait for a person's word: {}", ask.message);
+        say!("  as an update it would wait for a person's word: {}", ask.message);
     }
 }

@@ -13,6 +13,7 @@
 //! that is not met in time is made again with half the count and twice the patience: a link that is
 //! slow must not be filled with chunks that were asked for twice.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -121,6 +122,32 @@ pub struct Tally {
     pub foreign: u64,
     /// Wishes that were not met in time.
     pub late: u64,
+}
+
+/// `none dropped`, or `dropped: 2 repeated, 1 damaged; asked again 3 times`.
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dropped: Vec<_> = [
+            (self.duplicate, "repeated"),
+            (self.hash, "damaged"),
+            (self.length, "of the wrong length"),
+            (self.index, "beyond the end"),
+            (self.unasked, "not asked for"),
+            (self.foreign, "of another transfer"),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} {what}"))
+        .collect();
+        match dropped.is_empty() {
+            true => f.write_str("none dropped")?,
+            false => write!(f, "dropped: {}", dropped.join(", "))?,
+        }
+        match self.late {
+            0 => Ok(()),
+            late => write!(f, "; asked again {late} times"),
+        }
+    }
 }
 
 impl Tally {

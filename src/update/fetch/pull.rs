@@ -113,7 +113,7 @@ impl Pull<'_> {
                 (transfer.progress)(Progress { received, size: Some(self.size) });
             }
         }
-        info!("{short}: {} bytes over MQTT, dropped: {:?}", self.size, state.tally);
+        info!("{short}: {} bytes in chunks over MQTT, {}", self.size, state.tally);
         Ok(())
     }
 }
