@@ -102,7 +102,7 @@ impl fmt::Display for Report {
         writeln!(f, "{:<46}{:>18.3}", "  without one", sham.missing)?;
         write!(
             f,
-            "\nRSS {:.1} MB in the first tenth of the swaps, {:.1} MB in the last",
+            "\nRSS {:.1} MB in the second tenth of the swaps, {:.1} MB in the last",
             self.rss_mb_early, self.rss_mb_end
         )
     }
@@ -138,9 +138,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         bench.run_for(SPACING);
         rss_mb.push(Host::read(0.0, 1.0).rss_mb);
     }
-    // It goes up and down with the session that was just dropped: the median of a tenth of the swaps.
-    let tenth = rss_mb.len().div_ceil(10);
-    let (early, end) = (median(&rss_mb[..tenth]), median(&rss_mb[rss_mb.len() - tenth..]));
+    // It goes up and down with the session that was just dropped: the median over a tenth of the swaps,
+    // the second and the last.
+    let (swaps, tenth) = (rss_mb.len(), rss_mb.len().div_ceil(10));
+    let early = median(&rss_mb[tenth.min(swaps - 1)..(2 * tenth).min(swaps)]);
+    let end = median(&rss_mb[swaps - tenth..]);
     let (results, last) = bench.stop();
     let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
     report(updates, &results, unaccounted, (early, end))
