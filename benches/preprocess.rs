@@ -18,6 +18,9 @@ const INPUT: (usize, usize) = (640, 640);
 const ROUNDS: usize = 200;
 const COLOR: Color = Color { matrix: Matrix::Bt709, range: Range::Limited };
 
+/// From a frame to the tensor.
+type Way<'f> = Box<dyn FnMut(&mut [f32]) + 'f>;
+
 /// A frame as a decoder hands it out.
 struct Frame {
     size: (usize, usize),
@@ -161,7 +164,7 @@ fn main() {
         let frame = Frame::new(size);
         let geometry = Geometry::new(Fit::Letterbox, size, INPUT);
         let plan = || Plan::new(geometry, Order::Rgb, Scale::Unit);
-        let mut ways: Vec<Box<dyn FnMut(&mut [f32])>> = vec![
+        let mut ways: Vec<Way<'_>> = vec![
             Box::new(ours(&frame, plan())),
             Box::new(ours(&frame, plan().portable())),
             Box::new(crates(&frame, &geometry)),

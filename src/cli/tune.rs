@@ -154,10 +154,15 @@ fn keep(
 
 fn print(report: &Report) {
     let Report { model, place, table, .. } = report;
-    println!("{} {} on {place}, cores {:?}\n", model.id, model.version, report.cores);
-    println!(
+    say!("{} {} on {place}, cores {:?}\n", model.id, model.version, report.cores);
+    say!(
         "{:<28}{:<14}{:>9}{:>9}{:>10}{:>8}",
-        "setting", "ONNX Runtime", "ms", "CPU ms", "frames/s", "agrees"
+        "setting",
+        "ONNX Runtime",
+        "ms",
+        "CPU ms",
+        "frames/s",
+        "agrees"
     );
     for candidate in &table.candidates {
         let setting = candidate.pick.setting.to_string();
@@ -177,14 +182,11 @@ fn print(report: &Report) {
         } else if candidate.pick == table.chosen {
             line += "  chosen";
         }
-        println!("{line}");
+        say!("{line}");
     }
-    println!(
-        "\nThe first one is the reference; the chosen one is {:.2} times as fast.",
-        table.gain
-    );
+    say!("\nThe first one is the reference; the chosen one is {:.2} times as fast.", table.gain);
     match &report.note {
-        Some(note) => println!("The result is {note}."),
-        None => println!("The result is kept for the next start."),
+        Some(note) => say!("The result is {note}."),
+        None => say!("The result is kept for the next start."),
     }
 }

@@ -71,7 +71,11 @@ impl<'a> Client<'a> {
         // A service that refuses early closes its end: its answer says why.
         let _ = std::io::copy(body, &mut stream);
         let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).context("the service does not answer")?;
+        let read = stream.read_to_end(&mut answer);
+        // With bytes of ours unread it resets the connection behind its answer.
+        if answer.is_empty() {
+            read.context("the service does not answer")?;
+        }
         parse(&answer)
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn serve(args: &Args) -> anyhow::Result<()> {
     for (n, clip) in args.clips.iter().enumerate() {
         let path = format!("/{n}");
         server.mount_clip(&path, clip, true)?;
-        println!("{}", server.url(&path));
+        say!("{}", server.url(&path));
     }
     std::io::stdin().read_to_end(&mut Vec::new())?;
     server.stop();
