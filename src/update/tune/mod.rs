@@ -303,7 +303,7 @@ impl Candidate {
 
 /// The lower quartile. Whoever else is at work can only make a run slower, and is at work in most
 /// turns on a busy box: a median would compare the neighbours.
-fn quartile(values: &[f64]) -> Option<f64> {
+pub(super) fn quartile(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 4).copied()

@@ -29,6 +29,7 @@ use super::super::steps::{self, Running, StepEnd};
 use super::super::tune::{self, Libraries, Order, State, Stopped, Table, Tuning};
 use super::{Parts, Thread, now_ms};
 use crate::host;
+use crate::meter::Outcome;
 use crate::model::engine::Model;
 use crate::model::options::Setting;
 use crate::model::slot::Live;
@@ -37,6 +38,8 @@ use crate::model::slot::Live;
 const QUIET: Duration = Duration::from_secs(5);
 /// How long a new session is tried with the one before beside it.
 const TRIED_FOR: Duration = Duration::from_secs(10);
+/// By how much its runs may take longer than those before, neighbours being what they are.
+const SLOWER_MAX: f64 = 1.05;
 /// Results that it must have given by then.
 const TRIED_FRAMES: usize = 10;
 /// So often a box that is too busy is given twice the time.
@@ -310,24 +313,40 @@ impl Thread {
             // Another model has taken over: nothing is known of this one but that it was faster.
             self.settle(tuner, digest, State::Measured);
         } else if let Some(why) = slot.failure(epoch) {
-            drop(slot.swap(Some(Live::new(Arc::clone(&before), epoch, None))));
-            tuner.leaving.extend(self.warm.insert(digest, Arc::clone(&before)));
-            self.tuning_failed(tuner, digest, why);
+            self.go_back(tuner, digest, epoch, &before, why);
         } else {
-            let frames =
-                || self.results(TRIED_FOR).iter().flatten().filter(|r| r.at > since).count();
-            if now - since < TRIED_FOR || frames() < TRIED_FRAMES {
+            let results = || self.results(now - since + TRIED_FOR).into_iter().flatten();
+            if now - since < TRIED_FOR || results().filter(|r| r.at > since).count() < TRIED_FRAMES
+            {
                 return;
             }
-            let model = self.warm.get(&digest).cloned();
-            if let Some(model) = model {
-                info!("{} has proved itself", model.setting());
-                drop(self.parts.slot.swap(Some(Live::new(model, epoch, None))));
+            let (after, earlier): (Vec<_>, Vec<_>) = results().partition(|r| r.at > since);
+            if let Some(why) = slower(&earlier, &after) {
+                self.go_back(tuner, digest, epoch, &before, why);
+            } else {
+                if let Some(model) = self.warm.get(&digest).cloned() {
+                    info!("{} has proved itself", model.setting());
+                    drop(self.parts.slot.swap(Some(Live::new(model, epoch, None))));
+                }
+                self.settle(tuner, digest, State::Proven);
             }
-            self.settle(tuner, digest, State::Proven);
         }
         tuner.phase = Phase::Resting;
         tuner.leaving.push(before);
+    }
+
+    /// The worker's next frame runs in the session before again.
+    fn go_back(
+        &mut self,
+        tuner: &mut Tuner,
+        digest: Digest,
+        epoch: u64,
+        before: &Arc<Model>,
+        why: String,
+    ) {
+        drop(self.parts.slot.swap(Some(Live::new(Arc::clone(before), epoch, None))));
+        tuner.leaving.extend(self.warm.insert(digest, Arc::clone(before)));
+        self.tuning_failed(tuner, digest, why);
     }
 
     fn tuning_failed(&mut self, tuner: &mut Tuner, digest: Digest, why: String) {
@@ -403,6 +422,18 @@ impl Tuner {
     }
 }
 
+/// Why live frames say otherwise than the measurement did, which had the neighbours of its moment.
+fn slower(before: &[Outcome], after: &[Outcome]) -> Option<String> {
+    let of = |results: &[Outcome]| {
+        let ms: Vec<_> = results.iter().map(|r| r.inference.as_secs_f64() * 1e3).collect();
+        tune::quartile(&ms)
+    };
+    let (before, after) = (of(before)?, of(after)?);
+    let forced = failpoint::leaves_out(failpoint::REFERENCE);
+    (after > SLOWER_MAX * before && !forced)
+        .then(|| format!("live frames take it {after:.1} ms, {before:.1} ms before"))
+}
+
 /// What is told of a result.
 fn outcome(tuning: &Tuning, running: &Path) -> Value {
     let Table { candidates, chosen, here, gain } = &tuning.table;
@@ -422,4 +453,29 @@ fn outcome(tuning: &Tuning, running: &Path) -> Value {
         _ => ("chosen", format!("{setting} of ONNX Runtime {runtime} is {faster}")),
     };
     json!({ "state": state, "text": text, "gain": gain })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_live_frames_take_longer_in_is_not_faster() {
+        let results = |inference_ms: u64| -> Vec<Outcome> {
+            let one = |n: u64| Outcome {
+                at: Instant::now(),
+                frame: n,
+                epoch: 0,
+                // Every other run met a neighbour.
+                inference: Duration::from_millis(inference_ms * (1 + n % 2)),
+                queue: Duration::ZERO,
+                total: Duration::ZERO,
+            };
+            (0..40).map(one).collect()
+        };
+        assert_eq!(slower(&results(100), &results(105)), None);
+        let why = slower(&results(100), &results(106)).expect("it is slower");
+        assert_eq!(why, "live frames take it 106.0 ms, 100.0 ms before");
+        assert_eq!(slower(&[], &results(500)), None, "nothing to hold it against");
+    }
 }
