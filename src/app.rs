@@ -421,6 +421,7 @@ impl App {
                 runtime: live.model.library().to_owned(),
                 threads: setting.threads,
                 spinning: setting.spinning,
+                bf16: setting.bf16,
                 cores: self.cores.clone(),
                 tuning: self.updater.as_ref().and_then(|u| u.desk().tuning()),
             }

@@ -87,6 +87,14 @@ pub fn cores() -> usize {
     text.lines().filter(|line| line.starts_with("processor")).count().max(1)
 }
 
+/// Whether the processor multiplies 16-bit floats (bfloat16): elsewhere they only cost accuracy.
+pub fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Whether this is one of Intel's x86 processors.
 pub fn is_intel() -> bool {
     processor("vendor_id").is_some_and(|vendor| vendor == "GenuineIntel")

@@ -184,6 +184,8 @@ pub struct ModelStatus {
     pub threads: usize,
     /// Whether its idle threads wait actively.
     pub spinning: bool,
+    /// Whether the provider computes with 16-bit floats (bfloat16) inside.
+    pub bf16: bool,
     /// Cores that the worker and its session are pinned to.
     pub cores: Vec<usize>,
     /// With `provider = "auto"`: what was measured, and what became of it.

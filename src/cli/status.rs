@@ -59,8 +59,9 @@ fn model(model: &Value) -> String {
         (_, Value::Bool(true)) => ("s", ", spinning"),
         _ => ("s", ""),
     };
+    let bf16 = if model["bf16"] == true { " in bf16" } else { "" };
     let mut text = format!(
-        "{id} {version} ({digest}), {width}x{height}, {provider}, {threads} thread{s}{spins}"
+        "{id} {version} ({digest}), {width}x{height}, {provider}{bf16}, {threads} thread{s}{spins}"
     );
     if let Some(how) = model["tuning"]["text"].as_str() {
         text += &format!("\n        {}: {how}", self::text(&model["tuning"]["state"]));

@@ -1,6 +1,6 @@
 //! `noblink tune`: what `provider = "auto"` measures, as a table.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -78,31 +78,44 @@ fn report(args: &Args, config: Option<&Config>) -> anyhow::Result<Report> {
         .map_err(|refusal| anyhow!(refusal.message))?;
     let digest = Digest::of(&model.bytes);
 
-    let libraries = libraries(&inference)?;
-    let cores = inference.cores.clone().unwrap_or_else(|| affinity::choose(inference.threads));
-    let mut engine = Engine::of(&inference, &models);
-    engine.setting = Setting::of(&inference);
-    engine.cores = Some(cores.clone());
-    let order = Order {
-        model: Subject { sha256: Some(digest), ..Subject::file(&file) },
-        engine,
-        libraries,
-        pictures: pictures(&models),
-    };
-    let place = order.libraries.place(inference.threads);
+    let place = libraries(&inference)?.place(inference.threads);
+    let cores = cores(&inference);
     let wall = Duration::from_secs(args.seconds.into());
-    let limits = Limits { wall, ..Limits::of(&models) };
-    let table = tune::run(&order, &limits, &AtomicBool::new(false));
-    let table = match table {
-        Ok(table) => table,
-        Err(Stopped::Failed(why)) => bail!("{}: {why}", file.display()),
-        Err(Stopped::Canceled) => unreachable!("nobody cancels"),
-    };
+    let table = measured(&file, digest, &inference, &models, wall)?;
     let note = match config {
         Some(config) => keep(config, digest, &place, &table)?,
         None => Some("not kept: no configuration is named (--config)".to_owned()),
     };
     Ok(Report { model: model.identity, place, cores, table, kept: note.is_none(), note })
+}
+
+fn cores(inference: &Inference) -> Vec<usize> {
+    inference.cores.clone().unwrap_or_else(|| affinity::choose(inference.threads))
+}
+
+/// Measures what this box has for a file.
+pub(super) fn measured(
+    file: &Path,
+    digest: Digest,
+    inference: &Inference,
+    models: &Models,
+    wall: Duration,
+) -> anyhow::Result<Table> {
+    let mut engine = Engine::of(inference, models);
+    engine.setting = Setting::of(inference);
+    engine.cores = Some(cores(inference));
+    let order = Order {
+        model: Subject { sha256: Some(digest), ..Subject::file(file) },
+        engine,
+        libraries: libraries(inference)?,
+        pictures: pictures(models),
+    };
+    let limits = Limits { wall, ..Limits::of(models) };
+    match tune::run(&order, &limits, &AtomicBool::new(false)) {
+        Ok(table) => Ok(table),
+        Err(Stopped::Failed(why)) => bail!("{}: {why}", file.display()),
+        Err(Stopped::Canceled) => unreachable!("nobody cancels"),
+    }
 }
 
 /// As the service has them, that which it loads first in front.

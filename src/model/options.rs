@@ -17,11 +17,15 @@ pub struct Setting {
     /// Whether idle threads of the pool wait actively: faster to wake, but a core is taken.
     #[serde(default)]
     pub spinning: bool,
+    /// Whether it computes with 16-bit floats (bfloat16) inside: OpenVINO only, on processors that
+    /// multiply them.
+    #[serde(default)]
+    pub bf16: bool,
 }
 
 impl Default for Setting {
     fn default() -> Self {
-        Self { provider: Provider::Cpu, threads: 2, spinning: false }
+        Self { provider: Provider::Cpu, threads: 2, spinning: false, bf16: false }
     }
 }
 
@@ -29,7 +33,9 @@ impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = if self.threads == 1 { "" } else { "s" };
         write!(f, "{}, {} thread{s}", self.provider.name(), self.threads)?;
-        if self.spinning { f.write_str(", spinning") } else { Ok(()) }
+        let spinning = if self.spinning { ", spinning" } else { "" };
+        let bf16 = if self.bf16 { ", bf16" } else { "" };
+        write!(f, "{spinning}{bf16}")
     }
 }
 
@@ -37,7 +43,7 @@ impl Setting {
     /// As `[inference]` says; with `auto` the reference, which every library has.
     pub fn of(inference: &Inference) -> Self {
         let provider = inference.provider.unwrap_or(Provider::Cpu);
-        Self { provider, threads: inference.threads, spinning: false }
+        Self { provider, threads: inference.threads, ..Self::default() }
     }
 }
 

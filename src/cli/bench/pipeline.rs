@@ -4,7 +4,7 @@
 //! decoder takes more CPU time than one alone, which is not the rest's doing.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 
+use super::super::tune;
 use crate::app::OUTBOX;
 use crate::camera::source::Source;
 use crate::camera::{Camera, State};
-use crate::config::{self, Inference, Provider, Publish};
+use crate::config::{self, Inference, Models, Provider, Publish};
 use crate::host::Host;
 use crate::meter::Meter;
 use crate::model::contract::Overrides;
@@ -29,6 +30,8 @@ use crate::mqtt::topics::Topics;
 use crate::preview::Previews;
 use crate::queue::{self, Drop, Intake};
 use crate::records::{Quantiles, Stages, rounded};
+use crate::update::digest::Digest;
+use crate::update::tune::LASTS;
 use crate::worker::{Origin, Pulse, Worker};
 use crate::{affinity, assets, host};
 
@@ -40,7 +43,7 @@ pub(in crate::cli) struct Args {
     /// A clip (file:///…); a demo clip when left out
     #[arg(long, value_name = "URL")]
     source: Option<String>,
-    /// cpu, openvino, cuda or tensorrt
+    /// cpu, openvino, cuda, tensorrt, or auto: what `noblink tune` finds the fastest
     #[arg(long, default_value = "cpu")]
     provider: String,
     /// Threads of one run
@@ -60,6 +63,7 @@ pub(super) struct Report {
     model: String,
     source: String,
     provider: &'static str,
+    bf16: bool,
     runtime: String,
     threads: usize,
     cores: Vec<usize>,
@@ -89,9 +93,10 @@ struct BenchStages {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "model      {}, {} frames of {}", self.model, self.frames, self.source)?;
+        let bf16 = if self.bf16 { " in bf16" } else { "" };
         writeln!(
             f,
-            "engine     ONNX Runtime {}, {}, {} threads on cores {:?}\n",
+            "engine     ONNX Runtime {}, {}{bf16}, {} threads on cores {:?}\n",
             self.runtime, self.provider, self.threads, self.cores
         )?;
         let s = &self.stages_ms;
@@ -132,25 +137,20 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
         None => format!("file://{}", shipped("models/clips/line-a.mp4")?.display()),
     };
     let source = Source::parse(&url).map_err(|e| anyhow!("--source {e}"))?;
-    let provider = Provider::parse(&args.provider).with_context(|| {
-        format!("--provider {}: cpu, openvino, cuda or tensorrt", args.provider)
-    })?;
     let threads = usize::from(args.threads);
+    let (library, setting) = engine(args.provider.as_str(), threads, &model)?;
     let cores = affinity::choose(threads);
     let frames = u64::from(args.frames);
 
     let decode_cpu_ms = bare_decode(&source, frames)?;
     affinity::pin(&cores).map_err(|e| anyhow!(e))?;
-    let inference = Inference { provider: Some(provider), ..Inference::default() };
-    let runtime = Runtime::load(library_for(&inference).as_deref())?;
-    let setting = Setting { provider, threads, spinning: false };
+    let runtime = Runtime::load(library.as_deref())?;
     let options = EngineOptions { setting, ..EngineOptions::default() };
     let model = Model::open(&runtime, &model, &options, &Overrides::default())?;
     let model = Arc::new(model);
     let bare_before_ms = bare_runs(&source, &model)?;
 
     let name = format!("{} version {}", model.identity().id, model.identity().version);
-    let provider = provider.name();
     let bench = Bench::start(&source, Some(Arc::clone(&model)))?;
     bench.wait_until(|l| l.inferred, WARM_UP)?;
     bench.meter.take_window();
@@ -170,9 +170,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     Ok(Report {
         model: name,
         source: source.to_string(),
-        provider,
+        provider: setting.provider.name(),
+        bf16: setting.bf16,
         runtime: runtime.version().to_owned(),
-        threads,
+        threads: setting.threads,
         cores,
         frames: args.frames,
         frames_per_s: rounded(done as f64 / wall_s, 2),
@@ -197,6 +198,26 @@ fn quantiles(mut times: Vec<Duration>) -> anyhow::Result<Quantiles> {
         rounded(time.as_secs_f64() * 1e3, 2)
     };
     Ok(Quantiles { p50: at(0.5), p95: at(0.95), p99: at(0.99), max: at(1.0) })
+}
+
+/// The library to load and how sessions are built.
+fn engine(
+    provider: &str,
+    threads: usize,
+    model: &Path,
+) -> anyhow::Result<(Option<PathBuf>, Setting)> {
+    let auto = provider == "auto";
+    let named = Provider::parse(provider).filter(|_| !auto);
+    if named.is_none() && !auto {
+        bail!("--provider {provider}: cpu, openvino, cuda, tensorrt or auto");
+    }
+    let inference = Inference { provider: named, threads, ..Inference::default() };
+    if !auto {
+        return Ok((library_for(&inference), Setting::of(&inference)));
+    }
+    let digest = Digest::of(&std::fs::read(model).with_context(|| model.display().to_string())?);
+    let table = tune::measured(model, digest, &inference, &Models::default(), LASTS)?;
+    Ok((Some(table.chosen.library), table.chosen.setting))
 }
 
 /// CPU time of decoding one frame, with nothing else going on: there is no model, so the worker

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Ask, Found, Measured, Row};
 use crate::config::Provider;
+use crate::host;
 use crate::model::engine::{EngineOptions, Model, Thresholds};
 use crate::model::file::ModelFile;
 use crate::model::options::Setting;
@@ -113,8 +114,11 @@ fn settings(ask: &Ask, providers: &[Provider]) -> Vec<Setting> {
                 all.push(Setting { provider: *provider, ..ask.reference });
             }
             Provider::Cpu | Provider::OpenVino => {
-                let setting = |&threads| Setting { provider: *provider, threads, spinning: false };
-                all.extend(threads.iter().map(setting));
+                let plain = Setting { provider: *provider, ..Setting::default() };
+                if *provider == Provider::OpenVino && host::has_bf16() {
+                    all.push(Setting { threads: most, bf16: true, ..plain });
+                }
+                all.extend(threads.iter().map(|&threads| Setting { threads, ..plain }));
             }
         }
     }
