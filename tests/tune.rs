@@ -28,6 +28,9 @@ use crate::harness::until;
 use noblink::rtsp::{self, RtspServer};
 
 const CPU2: Setting = Setting { provider: Provider::Cpu, threads: 2, spinning: false, bf16: false };
+/// Moves whatever is faster on this machine, and stays.
+const WHATEVER: [(&str, &str); 1] = [("NOBLINK_FAILPOINT", "tune.reference")];
+
 const CPU1: Setting = Setting { threads: 1, ..CPU2 };
 const OPENVINO: Setting = Setting { provider: Provider::OpenVino, ..CPU2 };
 
@@ -302,7 +305,7 @@ fn setting(model: &Value) -> (String, u64) {
 /// without measuring again.
 #[test]
 fn the_move_loses_no_frame_and_the_next_start_knows() {
-    let env = [("NOBLINK_FAILPOINT", "tune.reference")];
+    let env = WHATEVER;
     let library = Runtime::load(None).expect("the library").library().to_owned();
     let inference = format!("{AUTO}\nlibrary = \"{}\"", library.display());
     let (mut line, _server) = line(&env, &inference, "");
@@ -402,7 +405,7 @@ fn a_try_that_the_service_did_not_outlive_is_not_made_again() {
 #[test]
 fn a_service_moves_to_openvino_and_sees_the_same() {
     let Some(library) = openvino() else { return };
-    let (mut line, _server) = remembered(&library, OPENVINO, State::Measured, &[]);
+    let (mut line, _server) = remembered(&library, OPENVINO, State::Measured, &WHATEVER);
     assert_eq!(setting(&status(&line)["model"]), ("cpu".into(), 2));
     let model = until_tuned(&line, &["chosen"]);
     assert_eq!(setting(&model), ("openvino".into(), 2));
@@ -437,7 +440,7 @@ fn another_library_is_loaded_by_the_next_start() {
     ];
     remember(&line, measured, None, State::Proven);
     for life in 1..=2 {
-        next_life(&mut line, &[]);
+        next_life(&mut line, &WHATEVER);
         assert_eq!(runtime(&line), version_of(&other), "life {life}");
         // It has not run yet: the first time with the reference beside it, then at once.
         if life == 2 {

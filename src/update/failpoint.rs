@@ -31,8 +31,8 @@ pub const NAMES: [&str; 14] = [
 /// Leaves out asking a hanging run to end: a kernel that hangs does not hear of it either.
 pub const DEAF: &str = "watch.terminate";
 
-/// Leaves the reference out of the choice of a setting: another one takes over however little it is
-/// faster, so that a test sees the move on every machine.
+/// Leaves the reference out of the choice of a setting: another one takes over, and stays, however
+/// little it is faster, so that a test sees the move on every machine.
 pub const REFERENCE: &str = "tune.reference";
 
 /// Takes the first run of a new setting for failed.
