@@ -496,6 +496,11 @@ impl State {
         disk.error = error.map(str::to_owned);
     }
 
+    /// For how long the disk has given no sign.
+    pub(super) fn silent(&self) -> Duration {
+        self.disk.as_ref().map_or(Duration::ZERO, |disk| disk.beat.elapsed())
+    }
+
     /// Whether the file must be read through anew.
     pub(super) fn is_forsaken(&self) -> bool {
         self.disk.as_ref().is_some_and(|d| d.forsaken)

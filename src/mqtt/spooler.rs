@@ -32,8 +32,10 @@ const TICK: Duration = Duration::from_millis(100);
 const TICKS_A_SECOND: u64 = 10;
 const RETRY: Duration = Duration::from_secs(5);
 const UNREADABLE: Duration = Duration::from_secs(10);
-/// How long a stop waits for the disk.
+/// How long a stop waits for a sign of the disk, and how long in all: systemd waits 20 s for the
+/// whole service.
 const STOP: Duration = Duration::from_secs(5);
+const STOP_MAX: Duration = Duration::from_secs(12);
 /// One transaction, one read.
 const BATCH_RECORDS: usize = 1000;
 const BATCH_BYTES: usize = 2 << 20;
@@ -58,6 +60,7 @@ pub struct Settings {
 
 /// The running thread.
 pub struct Spooler {
+    outbox: Arc<Outbox>,
     thread: JoinHandle<()>,
     stop: Sender<()>,
 }
@@ -67,17 +70,18 @@ impl Spooler {
     pub fn start(outbox: Arc<Outbox>, settings: Settings) -> io::Result<Self> {
         outbox.state().attach(settings.durability == Durability::Always);
         let (stop, stopped) = bounded(0);
-        let clerk = Clerk::new(outbox, settings);
+        let clerk = Clerk::new(Arc::clone(&outbox), settings);
         let thread = std::thread::Builder::new().name("outbox".into());
-        Ok(Self { thread: thread.spawn(move || clerk.run(&stopped))?, stop })
+        Ok(Self { outbox, thread: thread.spawn(move || clerk.run(&stopped))?, stop })
     }
 
     /// Writes what still waits. To be called when the link has ended.
     pub fn stop(self) {
         drop(self.stop);
-        let deadline = Instant::now() + STOP;
+        let asked = Instant::now();
         while !self.thread.is_finished() {
-            if Instant::now() > deadline {
+            let silent = self.outbox.state().silent().min(asked.elapsed());
+            if silent > STOP || asked.elapsed() > STOP_MAX {
                 warn!("outbox: the disk does not answer; what it did not take is lost");
                 return;
             }
@@ -294,7 +298,10 @@ impl Clerk {
                 return Err(e);
             }
             more &= batch.records.len() == BATCH_RECORDS || size > BATCH_BYTES;
-            settle(&mut self.outbox.state(), self.outbox.bounds, &batch.records);
+            let mut state = self.outbox.state();
+            settle(&mut state, self.outbox.bounds, &batch.records);
+            state.beat(None, self.error.as_deref());
+            drop(state);
             if let Some(gaps) = batch.gaps {
                 self.gaps = Some(gaps);
             }
