@@ -37,6 +37,20 @@ impl Host {
     }
 }
 
+/// Arenas of the allocator. By itself glibc makes one for nearly each thread, up to eight a core, and
+/// every update's step is a new thread: what a session leaves behind in one arena is of no use to the
+/// next, which is built in another.
+const ARENAS: i32 = 2;
+
+/// Keeps the allocator to few arenas. To be called before there are threads.
+pub fn bound_arenas() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes numbers, and no other thread is there yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, ARENAS);
+    }
+}
+
 /// Hands memory that was freed back to the system: glibc keeps it otherwise, and each retired
 /// session would leave its share behind.
 pub fn give_memory_back() {

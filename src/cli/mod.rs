@@ -25,6 +25,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config;
+use crate::host;
 use crate::update::gates;
 
 /// Edge video detection that does not blink when its model is replaced.
@@ -86,6 +87,7 @@ type Outcome = Result<(), Failure>;
 
 /// Parses the command line, runs the command, says what went wrong. Usage errors exit with 2.
 pub fn main() -> ExitCode {
+    host::bound_arenas();
     let cli = Cli::parse();
     crate::log::start(matches!(cli.command, Command::Run(_)));
     let outcome = match cli.command {
