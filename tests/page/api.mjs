@@ -11,7 +11,7 @@ const child = spawn(shipped("target/schemathesis/bin/python"), [
   "-m", "schemathesis.cli", "run", shipped("docs/openapi.json"), "--url", box.url, "--checks", checks, "--phases", "examples,coverage,fuzzing",
   "--mode", "all", "--max-examples", process.env.EXAMPLES ?? "30", "--seed", "1", "--exclude-path-regex", "/(events|live)$",
   "--request-timeout", "30", "--no-color",
-], { stdio: "inherit" });
+], { stdio: "inherit", cwd: shipped("target") }); // which keeps a cache where it is started
 const [code] = await once(child, "exit");
 if (code) console.log(box.service.said().slice(-3000));
 await box.close();
