@@ -20,7 +20,7 @@ use crate::camera::{CameraStatus, State};
 use crate::config::{self, Config, External, Invalid};
 use crate::control;
 use crate::counts::Counts;
-use crate::fleet::{Changes, Fleet};
+use crate::fleet::{self, Changes, Fleet};
 use crate::homeassistant::HomeAssistant;
 use crate::meter::Meter;
 use crate::model::engine::Model;
@@ -270,8 +270,7 @@ impl App {
             if let Some(asked) = signals.asked() {
                 return Ok(asked);
             }
-            self.tick();
-            if let Some(why) = self.fleet.beyond_repair() {
+            if let Some(why) = fleet::beyond_repair(&self.tick().cameras) {
                 bail!(why);
             }
         }

@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::bail;
+
 use crate::camera::templates::Templates;
 
 /// The folders that may hold `models/`, `pipelines/` and so on, best first: the checkout that the
@@ -17,13 +19,13 @@ pub fn roots() -> Vec<PathBuf> {
 }
 
 /// The first `root/relative` that exists, or every place that was looked at.
-pub fn find(relative: &str) -> Result<PathBuf, String> {
+pub fn find(relative: &str) -> anyhow::Result<PathBuf> {
     let places: Vec<PathBuf> = roots().into_iter().map(|r| r.join(relative)).collect();
     match places.iter().find(|p| p.exists()) {
         Some(found) => Ok(found.clone()),
         None => {
             let list: Vec<_> = places.iter().map(|p| p.display().to_string()).collect();
-            Err(format!("{relative} is not in any of: {}", list.join(", ")))
+            bail!("{relative} is not in any of: {}", list.join(", "))
         }
     }
 }

@@ -252,25 +252,6 @@ impl Fleet {
         }
     }
 
-    /// Why only a new process helps: more threads than that hang for good.
-    pub fn beyond_repair(&self) -> Option<String> {
-        let leaked = |m: &Member| {
-            let status = m.camera.status();
-            status.leaked_pipelines + status.leaked_supervisors
-        };
-        let total: u64 = self.members.iter().map(leaked).sum();
-        let with_some = self.members.iter().filter(|m| leaked(m) > 0);
-        let cameras: Vec<_> =
-            with_some.map(|m| format!("{} {}", m.settings.id, leaked(m))).collect();
-        (total > LEAKED_MAX).then(|| {
-            format!(
-                "{total} threads hang and were left behind, more than {LEAKED_MAX} (by camera: {}): \
-                 the process ends, to be started again",
-                cameras.join(", ")
-            )
-        })
-    }
-
     /// Ends all supervisors; what they said last stays in the snapshot.
     pub fn stop(&mut self) {
         self.members.iter_mut().for_each(|m| m.end(None));
@@ -304,6 +285,21 @@ impl Member {
     }
 }
 
+/// Why only a new process helps: more threads than that hang for good.
+pub fn beyond_repair(cameras: &[CameraSnapshot]) -> Option<String> {
+    let leaked = |c: &CameraSnapshot| c.status.leaked_pipelines + c.status.leaked_supervisors;
+    let total: u64 = cameras.iter().map(leaked).sum();
+    let by_camera = cameras.iter().filter(|c| leaked(c) > 0);
+    let by_camera: Vec<_> = by_camera.map(|c| format!("{} {}", c.id, leaked(c))).collect();
+    (total > LEAKED_MAX).then(|| {
+        format!(
+            "{total} threads hang and were left behind, more than {LEAKED_MAX} (by camera: {}): \
+             the process ends, to be started again",
+            by_camera.join(", ")
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -334,9 +330,9 @@ mod tests {
         let gate = &fleet.snapshot()[0];
         assert_eq!(gate.status.leaked_supervisors, 1);
         assert!(gate.lane.ledger.is_exact());
-        assert_eq!(fleet.beyond_repair(), None);
+        assert_eq!(beyond_repair(&fleet.snapshot()), None);
         fleet.members[0].camera.leak(LEAKED_MAX);
-        let why = fleet.beyond_repair().expect("nine are too many");
+        let why = beyond_repair(&fleet.snapshot()).expect("nine are too many");
         assert!(why.starts_with("9 threads") && why.contains("gate 9"), "{why}");
         fleet.stop();
     }

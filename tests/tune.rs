@@ -20,7 +20,6 @@ use serde_json::Value;
 use crate::harness::line::Line;
 use crate::harness::mosquitto::Mosquitto;
 use crate::harness::onnx::Fault;
-use crate::harness::overload::assert_exact;
 use crate::harness::schema::{assert_valid, validator};
 use crate::harness::service::{noblink_output, shipped};
 use crate::harness::site::{Site, good};
@@ -246,16 +245,7 @@ fn a_setting_that_ends_the_child_is_left_out() {
 /// Stops the service in good order: every frame of this life was inferred, and told once, or was
 /// dropped for being too many on a machine that others use; none failed.
 fn stop(line: &mut Line) {
-    assert_eq!(line.service.stop().code(), Some(0), "{}", line.service.log());
-    let boot = line.messages("/detections").last().expect("records came")["boot"].clone();
-    let mut ledger = Value::Null;
-    until("the last telemetry", 20, || {
-        let last = line.messages("/telemetry").pop().filter(|t| t["boot"] == boot);
-        ledger = last.map_or(Value::Null, |t| t["cameras"]["line"]["ledger"].clone());
-        ledger["queued"] == 0 && ledger["in_flight"] == 0
-    });
-    assert_exact("line", &ledger);
-    assert_eq!(ledger["failed"], 0, "{ledger}");
+    let (boot, ledger) = line.last_word(20);
     let records = || {
         let all = line.messages("/detections").into_iter();
         all.filter(|record| record["boot"] == boot).collect::<Vec<_>>()

@@ -24,10 +24,10 @@ pub(super) fn run(args: Args) -> Outcome {
     let end = loop {
         match app.run(&signals) {
             Ok(Asked::Reload) => app.reload(Config::load(&args.config)),
-            Ok(Asked::Stop) => break Ok(()),
-            Err(e) => break Err::<(), _>(e),
+            end => break end,
         }
     };
     app.stop();
-    Ok(end?)
+    end?;
+    Ok(())
 }

@@ -72,7 +72,7 @@ fn report(args: &Args, config: Option<&Config>) -> anyhow::Result<Report> {
         None => (Inference::default(), Models::default()),
     };
     let inference = Inference { provider: None, ..inference };
-    let shipped = || assets::find("models/plates-v1.onnx").map_err(|e| anyhow!(e));
+    let shipped = || assets::find("models/plates-v1.onnx");
     let file = args.model.clone().or(models.factory.clone()).map_or_else(shipped, Ok)?;
     let model = ModelFile::read(&file, &Overrides::default(), &models.custom_op_domains)
         .map_err(|refusal| anyhow!(refusal.message))?;

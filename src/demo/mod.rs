@@ -152,12 +152,19 @@ fn cameras() -> anyhow::Result<(RtspServer, Vec<(String, String)>)> {
     let server = RtspServer::start(&rtsp::Settings::default())
         .context("the demo's cameras can't be started")?;
     let mut urls = Vec::new();
-    for (id, clip) in CAMERAS {
+    for (id, clip) in clips()? {
         let path = format!("/{id}");
-        server.mount_clip(&path, &find(&format!("models/clips/{clip}"))?, true)?;
+        server.mount_clip(&path, &clip, true)?;
         urls.push((id.to_owned(), server.url(&path)));
     }
     Ok((server, urls))
+}
+
+/// What the demo's two cameras send, by their ids.
+pub fn clips() -> anyhow::Result<[(&'static str, PathBuf); 2]> {
+    let [a, b] = CAMERAS;
+    let clip = |(id, file)| anyhow::Ok((id, find(&format!("models/clips/{file}"))?));
+    Ok([clip(a)?, clip(b)?])
 }
 
 fn find(relative: &str) -> anyhow::Result<PathBuf> {

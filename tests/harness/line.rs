@@ -193,18 +193,25 @@ impl Line {
         });
     }
 
-    /// Stops the service in good order. Its own last word: every frame was inferred.
-    pub fn stop(&mut self) {
+    /// Stops the service in good order: this life's boot id and its last ledger, which is exact and
+    /// holds no failed frame.
+    pub fn last_word(&mut self, seconds: u64) -> (Value, Value) {
         assert_eq!(self.service.stop().code(), Some(0), "{}", self.service.log());
         let boot = self.messages("/detections").last().expect("records came")["boot"].clone();
         let mut ledger = Value::Null;
-        until("the last telemetry", 10, || {
+        until("the last telemetry", seconds, || {
             let last = self.messages("/telemetry").pop().filter(|t| t["boot"] == boot);
             ledger = last.map_or(Value::Null, |t| t["cameras"]["line"]["ledger"].clone());
             ledger["queued"] == 0 && ledger["in_flight"] == 0
         });
         assert_exact("line", &ledger);
         assert_eq!(ledger["failed"], 0, "{ledger}");
+        (boot, ledger)
+    }
+
+    /// Stops the service in good order. Its own last word: every frame was inferred.
+    pub fn stop(&mut self) {
+        let (_, ledger) = self.last_word(10);
         for (why, count) in ledger["dropped"].as_object().unwrap() {
             assert!(why == "stopped" || count == 0, "{ledger}");
         }

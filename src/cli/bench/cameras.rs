@@ -4,10 +4,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use gst::prelude::*;
 
-use crate::assets;
+use crate::demo;
 use crate::rtsp::{self, RtspServer};
 
 #[derive(Debug, clap::Args)]
@@ -42,8 +42,7 @@ impl Cameras {
         if !clips.is_empty() {
             return Self::start(clips);
         }
-        let clips = ["line-a", "line-b"].map(|id| assets::find(&format!("models/clips/{id}.mp4")));
-        Self::start(&clips.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| anyhow!(e))?)
+        Self::start(&demo::clips()?.map(|(_, clip)| clip))
     }
 
     pub(super) fn start(clips: &[PathBuf]) -> anyhow::Result<Self> {

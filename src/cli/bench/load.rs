@@ -6,13 +6,13 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use serde::Serialize;
 
-use super::SETTLED;
 use super::cameras::{self, Cameras};
-use super::service::{Seen, Service, Spread};
-use crate::records::rounded;
+use super::service::{Seen, Service};
+use super::{SETTLED, quantiles};
+use crate::records::{Quantiles, rounded};
 use crate::update::job::Ratio;
 use crate::{assets, demo, host};
 
@@ -75,9 +75,9 @@ struct Phase {
     seconds: f64,
     frames_per_s: f64,
     /// Of the model alone.
-    inference_ms: Spread,
+    inference_ms: Quantiles,
     /// From a frame's arrival to its event.
-    latency_ms: Spread,
+    latency_ms: Quantiles,
 }
 
 #[derive(Debug, Serialize)]
@@ -137,7 +137,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     gst::init().context("GStreamer can't be initialised")?;
     let clip = match &args.clip {
         Some(clip) => clip.clone(),
-        None => assets::find("models/clips/line-a.mp4").map_err(|e| anyhow!(e))?,
+        None => assets::find("models/clips/line-a.mp4")?,
     };
     let made = std::env::temp_dir().join(format!("noblink-load-{}.mp4", std::process::id()));
     cameras::transcode(&clip, args.size, args.fps, &made)?;
@@ -227,11 +227,11 @@ fn phase(spans: &[Span], results: &[Vec<Seen>]) -> anyhow::Result<Phase> {
     let seconds: f64 = spans.iter().map(|s| (s.to - s.from).as_secs_f64()).sum();
     let seen: Vec<_> =
         spans.iter().flat_map(|s| results.iter().flat_map(|camera| s.of(camera))).collect();
-    let spread = |ms: fn(&Seen) -> f32| Spread::of(seen.iter().map(|r| ms(r).into()).collect());
+    let of = |ms: fn(&Seen) -> f32| quantiles(seen.iter().map(|r| ms(r).into()).collect());
     Ok(Phase {
         seconds: rounded(seconds, 1),
         frames_per_s: rounded(seen.len() as f64 / seconds, 2),
-        inference_ms: spread(|r| r.inference_ms)?,
-        latency_ms: spread(|r| r.total_ms)?,
+        inference_ms: of(|r| r.inference_ms)?,
+        latency_ms: of(|r| r.total_ms)?,
     })
 }

@@ -9,9 +9,11 @@ mod swap;
 
 use std::fmt;
 
+use anyhow::Context;
 use serde::Serialize;
 
 use super::{Outcome, print_json};
+use crate::records::{Quantiles, rounded};
 
 /// Under `[inference]`: `auto` would measure, and move the model, in the midst of it.
 const SETTLED: &str = "provider = \"cpu\"";
@@ -43,6 +45,15 @@ pub(super) fn run(command: Command) -> Outcome {
         Command::Page(args) => show(args.json, &page::run(&args)?),
         Command::Viewers(args) => Ok(page::viewers(&args)?),
     }
+}
+
+/// Of what was measured.
+fn quantiles(mut measured: Vec<f64>) -> anyhow::Result<Quantiles> {
+    measured.sort_by(f64::total_cmp);
+    let last =
+        measured.len().checked_sub(1).context("no result in the window: do the cameras stream?")?;
+    let at = |q: f64| rounded(measured[(last as f64 * q).round() as usize], 2);
+    Ok(Quantiles { p50: at(0.5), p95: at(0.95), p99: at(0.99), max: at(1.0) })
 }
 
 fn show<R: fmt::Display + Serialize>(json: bool, report: &R) -> Outcome {

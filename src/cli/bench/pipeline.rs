@@ -10,10 +10,11 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 
 use super::super::tune;
+use super::quantiles;
 use crate::app::OUTBOX;
 use crate::camera::source::Source;
 use crate::camera::{Camera, State};
@@ -130,11 +131,10 @@ const PATIENCE: Duration = Duration::from_secs(15);
 
 pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     gst::init().context("GStreamer can't be initialised")?;
-    let shipped = |relative| assets::find(relative).map_err(|e| anyhow!(e));
-    let model = args.model.clone().map_or_else(|| shipped("models/plates-v1.onnx"), Ok)?;
+    let model = args.model.clone().map_or_else(|| assets::find("models/plates-v1.onnx"), Ok)?;
     let url = match &args.source {
         Some(url) => url.clone(),
-        None => format!("file://{}", shipped("models/clips/line-a.mp4")?.display()),
+        None => format!("file://{}", assets::find("models/clips/line-a.mp4")?.display()),
     };
     let source = Source::parse(&url).map_err(|e| anyhow!("--source {e}"))?;
     let threads = usize::from(args.threads);
@@ -161,6 +161,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     let done = bench.intake.snapshot()[0].ledger.inferred - before;
     let window = bench.meter.take_window();
     let results = bench.meter.results(wall).concat();
+    let work = results.iter().map(|r| r.total.saturating_sub(r.queue).as_secs_f64() * 1e3);
     let rss_mb = Host::read(cpu_s, wall_s).rss_mb;
     bench.stop();
     // Before and after: a neighbour that comes or goes would be taken for what the rest costs.
@@ -185,19 +186,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
             decode: rounded(decode_cpu_ms, 3),
             worker: window.stages.context("no frame was inferred in the window")?,
         },
-        latency_ms: quantiles(results.iter().map(|r| r.total.saturating_sub(r.queue)).collect())?,
+        latency_ms: quantiles(work.collect())?,
         rss_mb,
     })
-}
-
-fn quantiles(mut times: Vec<Duration>) -> anyhow::Result<Quantiles> {
-    ensure!(!times.is_empty(), "no frame was inferred in the window");
-    times.sort_unstable();
-    let at = |q: f64| {
-        let time = times[((times.len() - 1) as f64 * q).round() as usize];
-        rounded(time.as_secs_f64() * 1e3, 2)
-    };
-    Ok(Quantiles { p50: at(0.5), p95: at(0.95), p99: at(0.99), max: at(1.0) })
 }
 
 /// The library to load and how sessions are built.

@@ -5,11 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use crossbeam_channel::bounded;
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::demo::{self, Demo};
-use crate::records::rounded;
 use crate::snapshot::Snapshot;
 use crate::update::job::{Install, JobState, Ratio, Way};
 use crate::update::orders::Order;
@@ -30,23 +28,6 @@ pub(super) struct Seen {
     pub(super) inference_ms: f32,
     /// From the frame's arrival.
     pub(super) total_ms: f32,
-}
-
-/// Quantiles of milliseconds.
-#[derive(Debug, Serialize)]
-pub(super) struct Spread {
-    pub(super) p50: f64,
-    pub(super) p99: f64,
-    pub(super) max: f64,
-}
-
-impl Spread {
-    pub(super) fn of(mut ms: Vec<f64>) -> anyhow::Result<Self> {
-        ensure!(!ms.is_empty(), "no window holds two results: do the cameras stream?");
-        ms.sort_by(f64::total_cmp);
-        let at = |q: f64| rounded(ms[((ms.len() - 1) as f64 * q).round() as usize], 2);
-        Ok(Self { p50: at(0.5), p99: at(0.99), max: at(1.0) })
-    }
 }
 
 /// The service, and everything that its worker said.

@@ -6,16 +6,16 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use serde::Serialize;
 
-use super::SETTLED;
 use super::cameras::Cameras;
-use super::service::{Seen, Service, Spread};
-use crate::demo;
+use super::service::{Seen, Service};
+use super::{SETTLED, quantiles};
 use crate::host::Host;
-use crate::records::rounded;
+use crate::records::{Quantiles, rounded};
 use crate::update::job::Ratio;
+use crate::{assets, demo};
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
@@ -50,7 +50,7 @@ pub(super) struct Report {
     swaps: usize,
     full_updates: u32,
     /// From the command of a full update to the first result by the new model.
-    update_ms: Spread,
+    update_ms: Quantiles,
     frames: usize,
     /// Frames of which there is no result: dropped by an overloaded box, or lost.
     frames_missing: u64,
@@ -59,7 +59,7 @@ pub(super) struct Report {
     frames_unaccounted: u64,
     epochs_back: u64,
     /// The model's own time, of all runs.
-    inference_ms: Spread,
+    inference_ms: Quantiles,
     swap: Windows,
     sham: Windows,
     p99_ratio: f64,
@@ -71,9 +71,9 @@ pub(super) struct Report {
 #[derive(Debug, Serialize)]
 struct Windows {
     /// Longest gap between two results of a camera.
-    gap_ms: Spread,
+    gap_ms: Quantiles,
     /// Longest gap between two results of any cameras.
-    pause_ms: Spread,
+    pause_ms: Quantiles,
     /// Frames of a camera without a result, mean.
     missing: f64,
 }
@@ -87,7 +87,7 @@ impl fmt::Display for Report {
             "frames without a result {}, unaccounted for {}, doubled {}; epochs that went back {}\n",
             self.frames_missing, self.frames_unaccounted, self.frames_doubled, self.epochs_back
         )?;
-        let mut row = |name: &str, s: &Spread| {
+        let mut row = |name: &str, s: &Quantiles| {
             writeln!(f, "{name:<46}{:>9.2}{:>9.2}{:>9.2}", s.p50, s.p99, s.max)
         };
         let (swap, sham) = (&self.swap, &self.sham);
@@ -110,7 +110,7 @@ impl fmt::Display for Report {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     let models: [PathBuf; 2] = match args.models.as_slice() {
-        [] => [shipped("plates-v1.onnx")?, shipped("plates-v2.onnx")?],
+        [] => [assets::find("models/plates-v1.onnx")?, assets::find("models/plates-v2.onnx")?],
         [first, second] => [first.clone(), second.clone()],
         other => bail!("--model is given {} times: name two models, or none", other.len()),
     };
@@ -141,21 +141,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     // It goes up and down with the session that was just dropped: the median over a tenth of the swaps,
     // the second and the last.
     let (swaps, tenth) = (rss_mb.len(), rss_mb.len().div_ceil(10));
-    let early = median(&rss_mb[tenth.min(swaps - 1)..(2 * tenth).min(swaps)]);
-    let end = median(&rss_mb[swaps - tenth..]);
+    let early = quantiles(rss_mb[tenth.min(swaps - 1)..(2 * tenth).min(swaps)].to_vec())?.p50;
+    let end = quantiles(rss_mb[swaps - tenth..].to_vec())?.p50;
     let (results, last) = bench.stop();
     let unaccounted = last.cameras.iter().map(|c| c.lane.ledger.unaccounted()).sum();
     report(updates, &results, unaccounted, (early, end))
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn shipped(file: &str) -> anyhow::Result<PathBuf> {
-    crate::assets::find(&format!("models/{file}")).map_err(|e| anyhow!(e))
 }
 
 fn report(
@@ -188,13 +178,13 @@ fn report(
     Ok(Report {
         swaps: changes,
         full_updates: updates.len() as u32,
-        update_ms: Spread::of(updates)?,
+        update_ms: quantiles(updates)?,
         frames: results.iter().map(Vec::len).sum(),
         frames_missing: missing,
         frames_doubled: doubled,
         frames_unaccounted: unaccounted,
         epochs_back: back,
-        inference_ms: Spread::of(inference.collect())?,
+        inference_ms: quantiles(inference.collect())?,
         p99_ratio: rounded(swap.gap_ms.p99 / sham.gap_ms.p99, 3),
         swap,
         sham,
@@ -231,6 +221,6 @@ impl Looks {
 
     fn sum_up(self) -> anyhow::Result<Windows> {
         let missing = rounded(self.missing as f64 / self.gaps.len().max(1) as f64, 3);
-        Ok(Windows { gap_ms: Spread::of(self.gaps)?, pause_ms: Spread::of(self.pauses)?, missing })
+        Ok(Windows { gap_ms: quantiles(self.gaps)?, pause_ms: quantiles(self.pauses)?, missing })
     }
 }

@@ -311,6 +311,7 @@ impl Thread {
         let slot = &self.parts.slot;
         if slot.load().is_none_or(|live| live.epoch != epoch) {
             // Another model has taken over: nothing is known of this one but that it was faster.
+            tuner.leaving.push(before);
             self.settle(tuner, digest, State::Measured);
         } else if let Some(why) = slot.failure(epoch) {
             self.go_back(tuner, digest, epoch, &before, why);
@@ -328,11 +329,11 @@ impl Thread {
                     info!("{} has proved itself", model.setting());
                     drop(self.parts.slot.swap(Some(Live::new(model, epoch, None))));
                 }
+                tuner.leaving.push(before);
                 self.settle(tuner, digest, State::Proven);
             }
         }
         tuner.phase = Phase::Resting;
-        tuner.leaving.push(before);
     }
 
     /// The worker's next frame runs in the session before again.
