@@ -145,7 +145,7 @@ impl Model {
         Self::build(runtime, &file, options)
     }
 
-    /// Builds and warms up a model that was checked already. The session's threads get the affinity
+    /// Builds a model that was checked already, and warms it up. The session's threads get the affinity
     /// of the calling thread, and the niceness of the process.
     ///
     /// # Errors
@@ -166,6 +166,9 @@ impl Model {
         let state =
             State::new(session, &contract).map_err(|e| refused(file, "can't bind it", &e))?;
         let run_options = RunOptions::new().map_err(|e| refused(file, "can't run it", &e))?;
+        // What a run would tell is known: the output's shape; and the CPU provider compiles nothing.
+        let known = matches!(state.output, Output::Bound(_));
+        let warm_up = options.warm_up || !known || options.setting.provider != Provider::Cpu;
         let model = Self {
             identity: file.identity.clone(),
             contract,
@@ -176,7 +179,9 @@ impl Model {
             options: run_options,
             terminated: AtomicBool::new(false),
         };
-        model.warm_up(options.warmup_runs.max(1))?;
+        if warm_up {
+            model.warm_up()?;
+        }
         Ok(model)
     }
 
@@ -226,14 +231,12 @@ impl Model {
         Runner { model: self, state }
     }
 
-    fn warm_up(&self, runs: usize) -> Result<(), Refusal> {
+    fn warm_up(&self) -> Result<(), Refusal> {
         let mut runner = self.runner();
         let failed = |why: String| {
             Refusal::new(Code::Run, format!("{}: its first run failed: {why}", self.identity.id))
         };
-        for _ in 0..runs {
-            runner.run().map_err(|e| failed(e.to_string()))?;
-        }
+        runner.run().map_err(|e| failed(e.to_string()))?;
         let found = runner.state.output.shape();
         self.contract.check_run(found).map_err(failed)
     }

@@ -52,15 +52,16 @@ impl Setting {
 pub struct EngineOptions {
     /// By what, with how many threads.
     pub setting: Setting,
-    /// Runs before the model counts as open: the first takes some 4 % longer, those after it don't.
-    pub warmup_runs: usize,
+    /// A run before the model counts as open: the first takes some 4 % longer, those after it don't.
+    /// Without it one is made all the same where only a run tells what the first frame needs.
+    pub warm_up: bool,
     /// Operator domains allowed beyond the common ones.
     pub custom_op_domains: Vec<String>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { setting: Setting::default(), warmup_runs: 1, custom_op_domains: Vec::new() }
+        Self { setting: Setting::default(), warm_up: true, custom_op_domains: Vec::new() }
     }
 }
 

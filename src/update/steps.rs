@@ -285,7 +285,7 @@ pub fn prove(
     }
 }
 
-/// Builds and warms the session.
+/// Builds the session.
 pub fn load(
     bench: &Bench,
     digest: &Digest,
@@ -296,6 +296,9 @@ pub fn load(
         Ok(file) => file,
         Err(end) => return end,
     };
+    // It has run in the child: one more run here would take the cores from the frames.
+    let options = EngineOptions { warm_up: false, ..bench.options.clone() };
+    let bench = Bench { options, ..bench.clone() };
     match bench.build(&file, setting) {
         Ok(model) => {
             StepEnd::Done { step: Step::Loaded, gates: Vec::new(), model: Some(model), known: None }
