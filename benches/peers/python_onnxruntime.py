@@ -24,8 +24,9 @@ args = parser.parse_args()
 
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = args.threads
-# As in noblink: spinning threads would take the cores from the decoder.
-options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+# As in noblink: long enough for the next node, too short to take the cores from the decoder.
+options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
 session = onnxruntime.InferenceSession(args.model, options, providers=["CPUExecutionProvider"])
 entry, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 height, width = session.get_inputs()[0].shape[2:]

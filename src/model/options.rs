@@ -14,7 +14,7 @@ pub struct Setting {
     pub provider: Provider,
     /// Threads of one run, the caller's own among them; at least 1.
     pub threads: usize,
-    /// Whether idle threads of the pool wait actively: faster to wake, but a core is taken.
+    /// Whether idle threads of the pool wait actively for long: faster to wake, but a core is taken.
     #[serde(default)]
     pub spinning: bool,
     /// Whether it computes with 16-bit floats (bfloat16) inside: OpenVINO only, on processors that

@@ -22,6 +22,9 @@ const CHECKOUT_DIRS: [&str; 2] = ["lib/onnxruntime", "lib/onnxruntime-openvino"]
 /// checkout is three below it.
 const ANCESTORS_MAX: usize = 4;
 
+/// The first version whose threads spin no longer than they are told.
+const BOUNDS_SPINNING: [u32; 2] = [1, 26];
+
 /// ORT allows one environment per process, ever: this holds it for good.
 static LOADED: Mutex<Option<Arc<Runtime>>> = Mutex::new(None);
 
@@ -116,6 +119,11 @@ impl Runtime {
     /// the version but keeps it to itself.
     pub fn version(&self) -> &str {
         &self.version
+    }
+
+    /// Whether threads can be told for how long they may spin; else it is for milliseconds, or not at all.
+    pub(super) fn bounds_spinning(&self) -> bool {
+        numbers(&self.version) >= BOUNDS_SPINNING.to_vec()
     }
 }
 
@@ -229,9 +237,6 @@ fn newest(dir: &Path) -> Option<PathBuf> {
     if plain.exists() {
         return Some(plain);
     }
-    let version = |path: &Path| -> Vec<u32> {
-        version_of(path).split('.').filter_map(|n| n.parse().ok()).collect()
-    };
     std::fs::read_dir(dir)
         .ok()?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -239,7 +244,12 @@ fn newest(dir: &Path) -> Option<PathBuf> {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             name.starts_with("libonnxruntime.so.")
         })
-        .max_by_key(|path| version(path))
+        .max_by_key(|path| numbers(&version_of(path)))
+}
+
+/// A version, to be compared.
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').filter_map(|n| n.parse().ok()).collect()
 }
 
 /// A library's version, as its file name says it.
