@@ -50,6 +50,20 @@ fn h264_and_h265_stream_over_tcp_by_one_template() {
     assert!(rig.stop() < secs(3));
 }
 
+/// x264 without latency cuts pictures into slices, and the payloader repeats the parameter sets in
+/// front of each slice of a key frame.
+#[test]
+fn a_picture_in_slices_is_one_picture() {
+    let server = server();
+    let launch =
+        h264(640, 360, 10).replace("! h264parse", "").replace("x264enc", "x264enc threads=4");
+    server.mount_launch("/slices", &launch).unwrap();
+    let rig = Rig::start(vec![config("a", &server.url("/slices"))]);
+    let notes = rig.until_frames(0, 30, secs(15));
+    let times: Vec<_> = notes.iter().map(|n| n.pts_ns.expect("RTP has timestamps")).collect();
+    assert!(times.is_sorted_by(|a, b| a < b), "each of its own time: {times:?}");
+}
+
 #[test]
 fn a_decoders_frames_are_not_copied() {
     let server = server();

@@ -61,7 +61,7 @@ fn from_the_picture_to_the_subscriber() {
     let bound = 200.0 + 2.2 * model;
     println!("jitter buffer and 2.2 times the model: {bound:.0} ms");
     // What it is on a busy machine is not the program's doing: only a clock misread is.
-    assert!(p50 > 200 && (p50 as f64) < 10.0 * bound && p99 >= p50);
+    assert!(p50 as f64 > model && (p99 as f64) < 10.0 * bound);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 mod clock;
 mod decoder;
+mod depay;
 pub mod frame;
 pub mod grab;
 pub mod jpeg;

@@ -16,6 +16,7 @@ use gst_video::{VideoInfo, VideoMeta};
 
 use super::clock::{self, Capture};
 use super::decoder::{self, Decoder};
+use super::depay;
 use super::frame::color_of;
 use super::reason::Failure;
 use super::source::Source;
@@ -123,7 +124,7 @@ pub fn init() -> Result<(), gst::glib::Error> {
         .get_or_init(|| {
             gst::init()?;
             decoder::prefer_software();
-            Ok(())
+            depay::register().map_err(|e| gst::glib::Error::new(gst::CoreError::Failed, &e.message))
         })
         .clone()
 }

@@ -18,8 +18,9 @@ const HEIGHT: usize = 384;
 const FPS: u64 = 15;
 /// Side of a bit. The detector's cells have 32 pixels at most.
 const BIT: usize = 64;
-/// Of the clock, in milliseconds: 17 minutes.
-const BITS: usize = 20;
+/// Of the clock, in milliseconds: a minute. With the least overlap a bit keeps 16 boxes, and a record
+/// holds 300.
+const BITS: usize = 16;
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_millis() as u64
@@ -31,7 +32,7 @@ fn place(bit: usize) -> (usize, usize) {
     (bit % columns * 2 * BIT, bit / columns * (BIT + 32))
 }
 
-/// An I420 picture, black, with a red square for each bit that is set, and one for parity.
+/// An I420 picture, black, with a red square for each bit that is set.
 fn draw(clock: u64) -> gst::Buffer {
     let (luma, chroma) = (WIDTH * HEIGHT, WIDTH * HEIGHT / 4);
     let mut picture = vec![16u8; luma + 2 * chroma];
@@ -105,7 +106,10 @@ pub fn measure(seconds: u64, work: usize) -> (u64, u64, f64) {
         .expect("mosquitto-clients is installed");
     let lines = BufReader::new(listener.stdout.take().expect("piped")).lines();
     let url = server.url("/clock");
-    let rest = format!("[models]\nfactory = \"{}\"\n", model.display());
+    let rest = format!(
+        "[inference]\nprovider = \"cpu\"\niou = 0.05\n[models]\nfactory = \"{}\"\n",
+        model.display()
+    );
     let mqtt = format!("url = \"mqtt://127.0.0.1:{}\"", broker.port);
     let mut service =
         Service::start(&config(&mqtt, &[("clock", &url, "publish = \"all\"")], &rest));
