@@ -184,7 +184,9 @@ fn a_model_that_hangs_on_its_first_frame_is_ended_as_well() {
 #[test]
 fn a_hang_within_a_kernel_ends_the_process_and_the_model_before_starts() {
     let hard = [(VARIABLE, DEAF)];
-    let mut line = watching(BLACK_AND_BLUE, 0, "probation_s = 30", &hard);
+    // Black for long: the new model must be live, and told of, before the blue comes.
+    let shown = (&[("blue", 10), ("black", 250)][..], 10);
+    let mut line = watching(shown, 0, "probation_s = 30", &hard);
     let bad = blobs("2", 0, Fault::Hang).bytes();
     until_black(&line);
     line.put_in("next.onnx", &bad);
