@@ -4,12 +4,11 @@
 
 use std::time::Duration;
 
-/// A connection that held this long was a good one: the next failure starts over.
-const GOOD_AFTER: Duration = Duration::from_secs(60);
+/// A connection that held this long was a good one: the next failure starts over. One that was
+/// accepted and closed sooner may be a contest for the client id.
+const GOOD_AFTER: Duration = Duration::from_secs(30);
 /// Someone else with our client id is forgotten only after this long.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
-/// A connection that was accepted and closed sooner may be a contest for the client id.
-const SHORT: Duration = Duration::from_secs(30);
 /// Takeovers in a row, announced or guessed from short connections, that make it one.
 const TAKEOVERS_MAX: u32 = 2;
 const SHORT_MAX: u32 = 3;
@@ -54,15 +53,17 @@ impl Backoff {
     pub fn next(&mut self, class: Class, up: Duration, chance: f64) -> Duration {
         if up >= GOOD_AFTER {
             self.attempts = 0;
+            self.short = 0;
         }
         if up >= FORGIVEN_AFTER {
             self.takeovers = 0;
-            self.short = 0;
         }
         self.attempts = self.attempts.saturating_add(1);
         match class {
             Class::TakenOver => self.takeovers = self.takeovers.saturating_add(1),
-            Class::Closed if up < SHORT => self.short = self.short.saturating_add(1),
+            Class::Closed if up < GOOD_AFTER => self.short = self.short.saturating_add(1),
+            // The broker itself was away: it, and nobody else, had closed.
+            Class::Passing if up.is_zero() => self.short = 0,
             _ => {}
         }
         let (least, most) = match class {

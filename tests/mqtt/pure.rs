@@ -34,11 +34,11 @@ fn pauses(class: Class, up_s: u64, n: usize) -> Vec<(f64, f64)> {
 }
 
 #[test]
-fn pauses_double_up_to_a_minute_and_start_over_after_one() {
+fn pauses_double_up_to_a_minute_and_start_over_after_half_of_one() {
     let grown = pauses(Class::Passing, 0, 8);
     assert_eq!(grown[..3], [(1.0, 2.0), (1.0, 4.0), (1.0, 8.0)]);
     assert_eq!(grown[7], (1.0, 60.0));
-    assert!(pauses(Class::Passing, 60, 8).iter().all(|p| *p == (1.0, 2.0)));
+    assert!(pauses(Class::Passing, 30, 8).iter().all(|p| *p == (1.0, 2.0)));
     assert!(pauses(Class::Refused, 0, 3).iter().all(|p| *p == (60.0, 300.0)));
 }
 
@@ -50,6 +50,17 @@ fn a_contest_for_the_client_id_is_left_to_the_other() {
     assert_eq!(pauses(Class::TakenOver, 700, 2)[1], (1.0, 2.0));
     assert_eq!(pauses(Class::Closed, 5, 3)[1..], [(1.0, 4.0), (60.0, 120.0)]);
     assert!(pauses(Class::Closed, 31, 9).iter().all(|p| p.0 == 1.0));
+}
+
+#[test]
+fn a_broker_that_restarts_over_and_over_is_no_contest() {
+    let mut backoff = Backoff::default();
+    for _ in 0..9 {
+        for (class, up_s) in [(Class::Closed, 10), (Class::Passing, 0)] {
+            backoff.next(class, Duration::from_secs(up_s), 0.0);
+            assert!(!backoff.is_contested());
+        }
+    }
 }
 
 #[test]
