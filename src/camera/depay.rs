@@ -1,11 +1,11 @@
 //! H.264 out of RTP, a whole picture at a time.
 //!
 //! `decodebin3` starts a depayloader before it knows what comes next, and one that is asked by nobody
-//! hands out single NAL units. The parser behind it then held each picture back until the next one
-//! came (from the picture to the subscriber: 95 ms instead of 28, at 15 frames a second), and makes
-//! several of a picture where a sender repeats its parameter sets between slices. The marker of RTP
-//! tells, and the depayloader looks at it when it is asked for whole pictures. This bin asks, and outranks
-//! the bare one. (H.265's loses the sender's clock when it is asked.)
+//! hands out single NAL units. Pictures then come as late as the one after them (from the picture to the
+//! subscriber: 95 ms instead of 28, at 15 frames a second), and the parser makes several of a picture
+//! where a sender repeats its parameter sets between slices. Asked for whole pictures, the depayloader
+//! puts them together itself, by the marker of RTP. This bin asks, and outranks the bare one. (H.265's
+//! loses the sender's clock when it is asked.)
 
 use std::sync::LazyLock;
 

@@ -148,8 +148,8 @@ impl Model {
         Self::build(runtime, &file, options)
     }
 
-    /// Builds a model that was checked already, and warms it up. The session's threads get the affinity
-    /// of the calling thread, and the niceness of the process.
+    /// Builds a model that was checked already, and warms it up where [`EngineOptions::warm_up`] says so.
+    /// The session's threads get the affinity of the calling thread, and the niceness of the process.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -282,18 +282,19 @@ fn configure(
     contract: &Contract,
     setting: Setting,
 ) -> ort::Result<SessionBuilder> {
+    // Spinning burns a core between frames, which the decoder needs where there is no other. But from
+    // node to node it is a matter of microseconds: to spin so long takes 7 % off YOLOv8n's run.
+    let briefly = !setting.spinning && runtime.bounds_spinning();
     let mut builder = Session::builder(&runtime.environment)?
         // The default prefers an NPU where there is one.
         .with_auto_device(AutoDevicePolicy::PreferCPU)?
         .with_intra_threads(setting.threads.max(1))?
         .with_inter_threads(1)?
-        // Spinning burns a core between frames, which the decoder needs where there is no other. But
-        // from node to node it is a matter of microseconds: to spin so long takes 7 % off YOLOv8n's run.
-        .with_intra_op_spinning(setting.spinning || runtime.bounds_spinning())?
+        .with_intra_op_spinning(setting.spinning || briefly)?
         .with_inter_op_spinning(false)?
         .with_thread_manager(runtime.nursery.clone())?
         .with_log_level(ort::logging::LogLevel::Warning)?;
-    if runtime.bounds_spinning() && !setting.spinning {
+    if briefly {
         builder = builder.with_config_entry("session.intra_op.spin_duration_us", SPIN_US)?;
     }
     for (name, size) in &contract.fixed {

@@ -123,7 +123,7 @@ impl Runtime {
 
     /// Whether threads can be told for how long they may spin; else it is for milliseconds, or not at all.
     pub(super) fn bounds_spinning(&self) -> bool {
-        numbers(&self.version) >= BOUNDS_SPINNING.to_vec()
+        numbers(&self.version)[..] >= BOUNDS_SPINNING[..]
     }
 }
 
