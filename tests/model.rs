@@ -99,6 +99,54 @@ fn every_layout_finds_the_blob_where_it_is() {
     }
 }
 
+/// A model of 64x64 whose output is a Softmax over its five rows: as it is exported, or with the rows
+/// turned into the last axis and back.
+fn softmax(opset: u64, turned: bool) -> Vec<u8> {
+    let mut g = Graph::default();
+    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
+    let weights = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0).collect();
+    let (pixels, rows): (Vec<f32>, Vec<f32>) = (weights(64 * 64 * 84), weights(5 * 3));
+    g.ints("flat", &[3], &[1, 3, 64 * 64]);
+    g.floats("pixels", &[64 * 64, 84], &pixels);
+    g.floats("rows", &[5, 3], &rows);
+    let colours = g.node("Reshape", &["images", "flat"], &[]);
+    let anchors = g.node("MatMul", &[&colours, "pixels"], &[]);
+    let logits = g.node("MatMul", &["rows", &anchors], &[]);
+    let turn = ("perm", Attr::Ints(vec![0, 2, 1]));
+    let scores = if turned {
+        let across = g.node("Transpose", &[&logits], &[turn.clone()]);
+        let scores = g.node("Softmax", &[&across], &[("axis", Attr::Int(-1))]);
+        g.node("Transpose", &[&scores], &[turn])
+    } else {
+        g.node("Softmax", &[&logits], &[("axis", Attr::Int(1))])
+    };
+    g.node_to("Identity", &[&scores], "output0", &[]);
+    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
+    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
+    factory::model_of_opset(&g, &[names], opset)
+}
+
+#[test]
+fn a_softmax_over_the_channels_is_the_same_as_one_over_the_last_axis() {
+    let scene = Scene::new(64, 64, 90).square(8, 16, 24, [10, 200, 60]);
+    let run = |bytes: Vec<u8>| {
+        let file = ModelFile::parse(bytes, "softmax.onnx", &Overrides::default(), &[]);
+        let file = file.expect("a detector");
+        let model = Model::build(&runtime(), &file, &EngineOptions::default()).expect("it loads");
+        let mut runner = model.runner();
+        runner.preprocess(&scene.picture()).expect("a picture");
+        runner.run().expect("it runs");
+        runner.raw().expect("an output").to_vec()
+    };
+    for opset in [13, 17, 18] {
+        let (own, turned) = (run(softmax(opset, false)), run(softmax(opset, true)));
+        assert!(own.iter().any(|p| (0.01..0.99).contains(p)), "opset {opset}: no extremes only");
+        for (n, (a, b)) in own.iter().zip(&turned).enumerate() {
+            assert!((a - b).abs() < 1e-6, "opset {opset}, value {n}: {a} and {b}");
+        }
+    }
+}
+
 #[test]
 fn faults_are_reported_and_pass() {
     let bright = Scene::new(320, 320, 255);

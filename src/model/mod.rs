@@ -1,5 +1,6 @@
 //! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
-//! `labels`), how it runs (`options`, `engine`, `runtime`) and where the running one is found (`slot`).
+//! `labels`), how it runs (`options`, `engine`, `runtime`, `softmax`) and where the running one is
+//! found (`slot`).
 
 pub mod contract;
 pub mod engine;
@@ -13,4 +14,5 @@ pub mod options;
 pub mod refusal;
 pub mod runtime;
 pub mod slot;
+mod softmax;
 pub mod wire;

@@ -529,11 +529,16 @@ pub fn external(name: &str, dims: &[usize], location: &str) -> Vec<u8> {
 
 /// A whole file. Opset 13, IR version 8.
 pub fn model(graph: &Graph, metadata: &[(String, String)]) -> Vec<u8> {
+    model_of_opset(graph, metadata, 13)
+}
+
+/// The same of another opset.
+pub fn model_of_opset(graph: &Graph, metadata: &[(String, String)], opset: u64) -> Vec<u8> {
     let mut model = number_field(1, 8);
     model.extend(bytes_field(2, b"noblink-tests"));
     model.extend(bytes_field(3, b"1"));
     model.extend(bytes_field(7, &graph.bytes("graph")));
-    model.extend(bytes_field(8, &[bytes_field(1, b""), number_field(2, 13)].concat()));
+    model.extend(bytes_field(8, &[bytes_field(1, b""), number_field(2, opset)].concat()));
     for (key, value) in metadata {
         model.extend(bytes_field(14, &entry(key, value)));
     }
