@@ -14,6 +14,7 @@ pub mod control;
 pub mod counts;
 pub mod demo;
 pub mod fleet;
+pub mod guest;
 pub mod homeassistant;
 pub mod host;
 pub mod log;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::camera::frame::Frame;
 use crate::config::{self, Publish};
+use crate::guest::Guest;
 use crate::meter::{Meter, Timing};
 use crate::model::engine::{Detection, Model, RunError, Thresholds};
 use crate::model::slot::{Live, Slot};
@@ -38,11 +39,14 @@ pub struct Origin {
 }
 
 /// What the worker shares with those who start, watch and stop it.
+#[derive(Debug)]
 pub struct Pulse {
     /// Goes up with every frame and every idle wait.
     pub beats: AtomicU64,
     /// Set to stop.
     pub stop: AtomicBool,
+    /// Who stands still while a frame is worked on.
+    pub guest: Guest,
     born: Instant,
     /// Microseconds from `born` to the start of the frame in work; 0 = none.
     busy_since_us: AtomicU64,
@@ -55,6 +59,7 @@ impl Default for Pulse {
         Self {
             beats: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            guest: Guest::default(),
             born: Instant::now(),
             busy_since_us: AtomicU64::new(0),
             busy_epoch: AtomicU64::new(0),
@@ -64,6 +69,7 @@ impl Default for Pulse {
 
 impl Pulse {
     fn begin(&self, epoch: u64) {
+        self.guest.hush();
         self.busy_epoch.store(epoch, Ordering::Relaxed);
         let now_us = self.born.elapsed().as_micros() as u64;
         self.busy_since_us.store(now_us.max(1), Ordering::Release);
@@ -141,11 +147,16 @@ impl Worker {
     /// Serves frames until `pulse.stop` is set.
     pub fn run(mut self) {
         while !self.pulse.stop.load(Ordering::Relaxed) {
-            if let Some(taken) = self.intake.take(PATIENCE) {
+            let taken = self.intake.try_take(Instant::now()).or_else(|| {
+                self.pulse.guest.resume();
+                self.intake.take(PATIENCE)
+            });
+            if let Some(taken) = taken {
                 self.infer(taken);
             }
             self.pulse.beats.fetch_add(1, Ordering::Relaxed);
         }
+        self.pulse.guest.resume();
     }
 
     /// The path of a frame. The model is loaded once; a frame on which a model on probation fails

@@ -18,6 +18,7 @@ use noblink::update::gates::{
     self, Content, End, FrameDump, Limits, Outcome, Request, Rules, Subject, proving,
 };
 use noblink::update::job::{Gate, Verdict};
+use noblink::update::live::LiveFrames;
 use serde_json::Value;
 
 use crate::harness::onnx::{
@@ -46,7 +47,7 @@ fn limits() -> Limits {
 }
 
 fn prove(request: &Request) -> Outcome {
-    proving::run(request, &limits(), &AtomicBool::new(false))
+    proving::run(request, None, &limits(), &AtomicBool::new(false))
 }
 
 fn gate<'a>(gates: &'a [Gate], name: &str) -> &'a Gate {
@@ -188,8 +189,11 @@ fn live_frames_are_compared_and_a_blind_model_asks() {
     for (detector, verdict) in [(good(), Verdict::Passed), (blind, Verdict::Ask)] {
         let mut request = asked(&site, &detector);
         request.calibration = None;
-        request.frames.clone_from(&frames);
-        let outcome = prove(&request);
+        let live = |_: &AtomicBool, tell: &mut dyn FnMut(&Path) -> bool| {
+            assert!(frames.iter().all(|file| tell(file)), "the child listens");
+            LiveFrames::default()
+        };
+        let outcome = proving::run(&request, Some(&live), &limits(), &AtomicBool::new(false));
         let agreement = gate(&outcome.gates, "agreement");
         assert_eq!(agreement.verdict, verdict, "{agreement:?}");
         let End::Accepted { ask } = outcome.end else { panic!("{:#?}", outcome) };
@@ -241,7 +245,7 @@ fn impostor(site: &Site, script: &str) -> Outcome {
     std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).expect("ours");
     std::fs::rename(&draft, &program).expect("ours");
     let shell = Limits { program, ..limits() };
-    proving::run(&asked(site, &good()), &shell, &AtomicBool::new(false))
+    proving::run(&asked(site, &good()), None, &shell, &AtomicBool::new(false))
 }
 
 #[test]
@@ -284,7 +288,7 @@ fn hanging(act: impl FnOnce(Pid, &AtomicBool)) -> (Outcome, Pid) {
         let run = threads.spawn(move || {
             tell.send(gettid()).expect("the test waits");
             let patient = Limits { cpu_s: 600, ..limits() };
-            proving::run(&request, &patient, &flag)
+            proving::run(&request, None, &patient, &flag)
         });
         let thread = told.recv().expect("the thread runs");
         let mut child = None;
@@ -333,7 +337,7 @@ fn a_wall_that_is_reached_is_a_time_out_without_quarantine() {
     let mut detector = good();
     detector.fault = Fault::Hang;
     let hasty = Limits { wall: secs(1), ..limits() };
-    let outcome = proving::run(&asked(&site, &detector), &hasty, &AtomicBool::new(false));
+    let outcome = proving::run(&asked(&site, &detector), None, &hasty, &AtomicBool::new(false));
     assert_eq!(refusal("wall", &outcome), ("timeout".into(), Stopped::TimedOut, false));
 }
 

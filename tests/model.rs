@@ -114,7 +114,7 @@ fn softmax(opset: u64, turned: bool) -> Vec<u8> {
     let logits = g.node("MatMul", &["rows", &anchors], &[]);
     let turn = ("perm", Attr::Ints(vec![0, 2, 1]));
     let scores = if turned {
-        let across = g.node("Transpose", &[&logits], &[turn.clone()]);
+        let across = g.node("Transpose", &[&logits], std::slice::from_ref(&turn));
         let scores = g.node("Softmax", &[&across], &[("axis", Attr::Int(-1))]);
         g.node("Transpose", &[&scores], &[turn])
     } else {

@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -265,6 +266,8 @@ def main():
     parser.add_argument("--noblink", type=Path, default=ROOT / "target/release/noblink")
     parser.add_argument("--docs", action="store_true", help="write table and plot into docs/ as well")
     args = parser.parse_args()
+    if not shutil.which("gst-launch-1.0"):
+        fail("there is no gst-launch-1.0, which makes the clip and decodes it bare: apt-get install gstreamer1.0-tools")
     args.provider = args.provider or ["cpu"]
     for path in [args.noblink, args.model, *filter(None, [args.int8, args.clip])]:
         if not path.exists():

@@ -16,6 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// What the dumps may take on the disk: 32 frames of 1920x1080 are 100 MB.
 const BYTES_MAX: u64 = 128 << 20;
 
+/// Where live frames come from while a child waits for them: [`LiveFrames::collect`] of a place.
+pub type LiveSource<'a> =
+    dyn Fn(&AtomicBool, &mut dyn FnMut(&Path) -> bool) -> LiveFrames + Sync + 'a;
+
 /// The dumps. Dropping it removes them.
 #[derive(Debug, Default)]
 pub struct LiveFrames {
@@ -34,9 +38,14 @@ impl LiveFrames {
         }
     }
 
-    /// Writes the next frames that the worker infers into `dir`. Those that can't be written are
-    /// missing: the gate says how many it had.
-    pub fn collect(dir: &Path, sampler: &Sampler, cancel: &AtomicBool) -> Self {
+    /// Writes the next frames that the worker infers into `dir`, and tells of each, until it hears
+    /// false. Those that can't be written are missing: the gate says how many it had.
+    pub fn collect(
+        dir: &Path,
+        sampler: &Sampler,
+        cancel: &AtomicBool,
+        tell: &mut dyn FnMut(&Path) -> bool,
+    ) -> Self {
         Self::clear(dir);
         if let Err(e) = fs::create_dir_all(dir) {
             warn!("{}: no live frames for the gates: {e}", dir.display());
@@ -55,8 +64,9 @@ impl LiveFrames {
                 return false;
             }
             bytes += fs::metadata(&file).map_or(0, |m| m.len());
+            let wanted = tell(&file);
             frames.files.push(file);
-            frames.files.len() < LIVE_FRAMES_MAX && bytes < BYTES_MAX
+            wanted && frames.files.len() < LIVE_FRAMES_MAX && bytes < BYTES_MAX
         });
         frames
     }

@@ -22,7 +22,7 @@ pub mod inbox;
 pub mod job;
 mod json;
 pub mod keeper;
-mod live;
+pub mod live;
 pub mod machine;
 pub mod manifest;
 pub mod orders;

@@ -17,7 +17,7 @@ use super::event::{Step, Stopped};
 use super::fetch::{self, Transfer, Wanted};
 use super::gates::{self, End, Limits, Request, Rules, Subject};
 use super::job::{Command, Gate, Ratio, Reason, Source, Verdict};
-use super::live::LiveFrames;
+use super::live::LiveSource;
 use super::manifest::{self, Manifest};
 use super::registry;
 use super::store::{Store, StoreError};
@@ -250,27 +250,24 @@ pub fn verify(
     StepEnd::Done { step: Step::Verified, gates, model: None, known: Some(Box::new(known)) }
 }
 
-/// The child process. Where no calibration folder is configured it gets live frames to look at.
+/// The child process. Where no calibration folder is configured it gets live frames to look at, while
+/// they come.
 pub fn prove(
     bench: &Bench,
     mut request: Request,
     limits: &Limits,
-    live: impl FnOnce(&AtomicBool) -> LiveFrames,
+    live: &LiveSource<'_>,
     cancel: &AtomicBool,
 ) -> StepEnd {
-    let frames = match (&request.active, &request.calibration) {
-        (Some(_), None) => live(cancel),
-        _ => LiveFrames::default(),
-    };
-    request.frames = frames.files().to_vec();
-    let mut outcome = gates::proving::run(&request, limits, cancel);
+    let live = (request.active.is_some() && request.calibration.is_none()).then_some(live);
+    let mut outcome = gates::proving::run(&request, live, limits, cancel);
     let reference = bench.options.setting;
     if let (End::Refused { reason, .. }, true) = (&outcome.end, request.engine.setting != reference)
     {
         // Perhaps not the model's doing: the verdict that counts is the reference's.
         let setting = std::mem::replace(&mut request.engine.setting, reference);
         tracing::warn!("refused with {setting}, is proved again with {reference}: {reason}");
-        outcome = gates::proving::run(&request, limits, cancel);
+        outcome = gates::proving::run(&request, live, limits, cancel);
         if let (End::Accepted { .. }, Some(digest)) = (&outcome.end, request.candidate.sha256) {
             bench.plain.lock().expect("nothing panics while it holds them").insert(digest);
         }

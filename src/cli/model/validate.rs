@@ -135,7 +135,7 @@ fn judge(
     let active = active.map(|file| Subject::file(file));
     let mut request = Request::of(inference, models, cameras, candidate, active);
     request.latency.accept_slower = args.accept_slower;
-    let outcome = proving::run(&request, &Limits::of(models), &AtomicBool::new(false));
+    let outcome = proving::run(&request, None, &Limits::of(models), &AtomicBool::new(false));
     judged.gates.extend(outcome.gates);
     judged.phases_ms = outcome.phases_ms;
     judged.memory_peak_bytes = outcome.memory_peak_bytes;

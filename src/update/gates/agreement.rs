@@ -60,8 +60,13 @@ impl Agreement {
         }
     }
 
-    /// Judges; `alone` = no calibration folder has looked at real pictures.
-    pub(super) fn judge(&self, alone: bool) -> (Gate, Option<Reason>) {
+    /// Whether no frame was compared.
+    pub(super) fn is_empty(&self) -> bool {
+        self.frames == 0
+    }
+
+    /// Judges.
+    pub(super) fn judge(&self) -> (Gate, Option<Reason>) {
         let both = self.active + self.candidate;
         let share = (both > 0).then(|| 2.0 * self.matched as f64 / both as f64);
         let numbers = json!({
@@ -72,7 +77,7 @@ impl Agreement {
             "matched": self.matched,
             "agreement": share.map(|s| rounded(s, 4)),
         });
-        if alone && self.active > 0 && self.candidate + self.candidate_only == 0 {
+        if self.active > 0 && self.candidate + self.candidate_only == 0 {
             let reason = Reason::new(
                 "finds_nothing",
                 format!(

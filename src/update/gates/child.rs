@@ -1,10 +1,12 @@
 //! `noblink prove`: the process in which a model meets ONNX Runtime for the first time.
 //!
 //! Reads a ticket from standard input, locks itself in, and says on standard output, line by line,
-//! what it does and what came of it. It may die at any point; the parent makes of that what it must.
+//! what it does and what came of it. Live frames are named to it, line by line, while it works. It may die at any point; the parent makes of that what it must.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{BufRead, Read};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,10 +22,10 @@ use super::content;
 use super::examine;
 use super::folder::Folder;
 use super::frame::FrameDump;
-use super::latency::{self, Run, Times, WARM_UP};
+use super::latency::{Run, Stopwatch};
 use super::request::{Request, Subject};
 use super::score::{self, Finding, Tally};
-use super::wire::{Fault, Line, Report, Step, Task, Ticket, Who, Work};
+use super::wire::{self, Fault, Line, Report, Step, Task, Ticket, Who, Work};
 use super::{GATES, failed, gate, shift, skipped};
 use crate::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
 use crate::model::file::ModelFile;
@@ -43,8 +45,8 @@ const DOUBTFUL: f32 = 0.001;
 
 /// Runs the child to its end; 0 only if the report was said.
 pub fn main() -> ExitCode {
-    let mut text = String::new();
-    let read = std::io::stdin().take(TICKET_BYTES_MAX).read_to_string(&mut text);
+    let (mut text, mut stdin) = (String::new(), std::io::stdin().lock());
+    let read = stdin.by_ref().take(TICKET_BYTES_MAX).read_line(&mut text);
     let ticket = read
         .map_err(|e| e.to_string())
         .and_then(|_| serde_json::from_str::<Ticket>(&text).map_err(|e| format!("no ticket: {e}")));
@@ -57,7 +59,10 @@ pub fn main() -> ExitCode {
             let nonce = ticket.nonce;
             match ticket.task {
                 Task::Prove(request) => {
-                    let report = Proof::new(&request, allowance).run(nonce, confinement);
+                    let lines = stdin.lines().map_while(Result::ok);
+                    let frames = lines.filter_map(|line| wire::read_frame(&line));
+                    let proof = Proof::new(&request, allowance, Box::new(frames));
+                    let report = proof.run(nonce, confinement);
                     say(&Line::Report(Box::new(report)));
                 }
                 Task::Tune(ask) => {
@@ -91,6 +96,8 @@ type Halt = (Fault, Reason);
 struct Proof<'a> {
     request: &'a Request,
     allowance: Allowance,
+    /// Dumps of live frames: waits for the next one, and ends when no more will come.
+    live: Box<dyn Iterator<Item = PathBuf>>,
     gates: Vec<Gate>,
     refused: Option<Halt>,
     ask: Option<Reason>,
@@ -100,10 +107,15 @@ struct Proof<'a> {
 }
 
 impl<'a> Proof<'a> {
-    fn new(request: &'a Request, allowance: Allowance) -> Self {
+    fn new(
+        request: &'a Request,
+        allowance: Allowance,
+        live: Box<dyn Iterator<Item = PathBuf>>,
+    ) -> Self {
         Self {
             request,
             allowance,
+            live,
             gates: Vec::new(),
             refused: None,
             ask: None,
@@ -133,13 +145,12 @@ impl<'a> Proof<'a> {
         let runtime = Runtime::load(self.request.engine.library.as_deref());
         let runtime = runtime.map_err(|e| self.machine("proving", "runtime", e.to_string()))?;
         let folder = self.folder()?;
-        let real = self.real(folder.as_ref())?;
-
-        let mut candidate = self.examine(&runtime, &real, confinement)?;
+        let (mut candidate, real) = self.examine(&runtime, folder.as_ref(), confinement)?;
         let mut active = self.active(&runtime);
         self.calibrate(folder.as_ref(), &mut candidate, &mut active)?;
-        self.agree(folder.is_some(), &mut candidate, &mut active)?;
-        self.time(real.first(), candidate, active)
+        let mut watch = Stopwatch::default();
+        self.agree(folder.is_some(), &real, &mut candidate, &mut active, &mut watch)?;
+        self.time(real.first(), candidate, active, watch)
     }
 
     /// Begins a phase's next piece of work, with a step's CPU time before it.
@@ -183,8 +194,8 @@ impl<'a> Proof<'a> {
     /// A few real pictures: of the folder, else live ones.
     fn real(&mut self, folder: Option<&Folder>) -> Result<Vec<FrameDump>, Halt> {
         let Some(folder) = folder else {
-            let files = self.request.frames.iter().take(REAL_FRAMES);
-            let frames: Result<_, _> = files.map(|file| FrameDump::read(file)).collect();
+            let files = self.live.by_ref().take(REAL_FRAMES);
+            let frames: Result<_, _> = files.map(|file| FrameDump::read(&file)).collect();
             return frames.map_err(|e| self.machine("agreement", "frames_unusable", e.to_string()));
         };
         let samples = folder.samples.iter().take(REAL_FRAMES);
@@ -192,13 +203,13 @@ impl<'a> Proof<'a> {
         decoded.map_err(|e| self.machine("calibration", "calibration_unusable", e.to_string()))
     }
 
-    /// Gate `proving`: load, warm, extreme frames.
+    /// Gate `proving`: load, extreme frames, a few real ones, which are handed out.
     fn examine(
         &mut self,
         runtime: &Arc<Runtime>,
-        real: &[FrameDump],
+        folder: Option<&Folder>,
         confinement: Value,
-    ) -> Result<Bench, Halt> {
+    ) -> Result<(Bench, Vec<FrameDump>), Halt> {
         let began = Instant::now();
         self.step(Work::Load, Who::Candidate);
         let opened = self.open(runtime, &self.request.candidate, Who::Candidate);
@@ -210,12 +221,13 @@ impl<'a> Proof<'a> {
         let mut bench =
             opened.map_err(|halt| refuse(self, halt, json!({ "confinement": confinement })))?;
 
+        let real = self.real(folder)?;
         let began = Instant::now();
         let input = bench.model.contract().input.clone();
         let synthetic = examine::frames(input.width, input.height);
         let mut watch = examine::Watch::default();
         let mut looked = Ok(());
-        for frame in synthetic.iter().chain(real) {
+        for frame in synthetic.iter().chain(&real) {
             self.step(Work::Examine, Who::Candidate);
             looked = bench.look(frame, self.thresholds(), &mut watch);
             if looked.is_err() {
@@ -248,7 +260,7 @@ impl<'a> Proof<'a> {
             message += "; this machine did not let its network be cut off";
         }
         self.push(gate("proving", Verdict::Passed, message, numbers));
-        Ok(bench)
+        Ok((bench, real))
     }
 
     /// The active model; a broken one must not keep its replacement out.
@@ -382,14 +394,24 @@ impl<'a> Proof<'a> {
     fn agree(
         &mut self,
         calibrated: bool,
+        real: &[FrameDump],
         candidate: &mut Bench,
         active: &mut Option<Bench>,
+        watch: &mut Stopwatch,
     ) -> Result<(), Halt> {
         let began = Instant::now();
-        match self.compare(calibrated, candidate, active.as_mut())? {
+        let Some(active) = active.as_mut() else {
+            self.push(skipped("agreement", self.no_active.clone()));
+            return Ok(());
+        };
+        if calibrated {
+            self.push(skipped("agreement", "the calibration folder has judged"));
+            return Ok(());
+        }
+        match self.compare(real, candidate, active, watch)? {
             Ok(agreement) => {
                 self.phase("agreement", began);
-                let (gate, ask) = agreement.judge(!calibrated);
+                let (gate, ask) = agreement.judge();
                 self.push(gate);
                 self.ask = ask;
             }
@@ -398,66 +420,73 @@ impl<'a> Proof<'a> {
         Ok(())
     }
 
-    /// Both models on the live frames; the inner error is why they can't be compared.
+    /// Both models on the live frames, those that were looked at already first; the inner error is why
+    /// they can't be compared. The times of their runs are kept.
     fn compare(
         &mut self,
-        calibrated: bool,
+        real: &[FrameDump],
         candidate: &mut Bench,
-        active: Option<&mut Bench>,
+        active: &mut Bench,
+        watch: &mut Stopwatch,
     ) -> Result<Result<Agreement, String>, Halt> {
-        let Some(active) = active else { return Ok(Err(self.no_active.clone())) };
-        let files: Vec<_> = self.request.frames.iter().take(LIVE_FRAMES_MAX).cloned().collect();
-        if files.is_empty() && calibrated {
-            return Ok(Err("the calibration folder has judged".into()));
-        } else if files.is_empty() {
-            return Ok(Err("there are no live frames".into()));
-        }
         let mut agreement = Agreement::default();
-        for file in files {
-            let frame = match FrameDump::read(&file) {
+        for n in 0..LIVE_FRAMES_MAX {
+            let read = match real.get(n) {
+                Some(frame) => Ok(Cow::Borrowed(frame)),
+                None => match self.live.next() {
+                    Some(file) => FrameDump::read(&file).map(Cow::Owned),
+                    None => break,
+                },
+            };
+            let frame = match read {
                 Ok(frame) => frame,
                 Err(e) => return Ok(Err(e.to_string())),
             };
-            let look = |bench: &mut Bench| {
-                self.step(Work::Agreement, bench.who);
-                bench.detect(&frame, self.thresholds()).map(|()| bench.labelled())
-            };
-            let theirs = match look(active) {
-                Ok(theirs) => theirs,
-                Err(e) => return Ok(Err(format!("the active model: {}: {e}", frame.name()))),
-            };
-            let mine = look(candidate).map_err(|reason| {
-                self.push(failed("agreement", &reason, json!({ "frame": frame.name() })));
-                (Fault::Model, reason)
-            })?;
+            // There and back, as the latency gate wants it.
+            let mut benches = [&mut *candidate, &mut *active];
+            if n % 2 == 1 {
+                benches.reverse();
+            }
+            for bench in benches {
+                match self.run_timed(Work::Agreement, bench, &frame) {
+                    Ok(run) => watch.note(bench.who, run),
+                    Err(reason) if bench.who == Who::Candidate => {
+                        self.push(failed("agreement", &reason, json!({ "frame": frame.name() })));
+                        return Err((Fault::Model, reason));
+                    }
+                    Err(e) => return Ok(Err(format!("the active model: {}: {e}", frame.name()))),
+                }
+            }
             let (old, new) = (active.model.contract(), candidate.model.contract());
             let shared =
                 |label: &str| [old, new].iter().all(|c| c.labels.iter().any(|l| l == label));
-            agreement.add(&theirs, &mine, shared);
+            agreement.add(&active.labelled(), &candidate.labelled(), shared);
         }
-        Ok(Ok(agreement))
+        Ok(if agreement.is_empty() {
+            Err("there are no live frames".into())
+        } else {
+            Ok(agreement)
+        })
     }
 
     /// One frame's CPU and wall time.
-    fn run_timed(&mut self, bench: &mut Bench, frame: &FrameDump) -> Result<Run, Halt> {
-        self.step(Work::Latency, bench.who);
+    fn run_timed(&self, what: Work, bench: &mut Bench, frame: &FrameDump) -> Result<Run, Reason> {
+        self.step(what, bench.who);
         let (cpu, wall) = (process_cpu(), Instant::now());
         let ran = bench.detect(frame, self.thresholds());
         let wall = wall.elapsed();
         std::thread::sleep(SETTLE);
         let cpu = process_cpu().saturating_sub(cpu);
-        ran.map(|()| Run { cpu, wall }).map_err(|reason| {
-            self.push(failed("latency", &reason, json!({})));
-            (if bench.who == Who::Candidate { Fault::Model } else { Fault::Machine }, reason)
-        })
+        ran.map(|()| Run { cpu, wall })
     }
 
-    /// Gate `latency`.
+    /// Gate `latency`: by the runs on the live frames, and as many more as it takes.
     fn time(
         &mut self,
         real: Option<&FrameDump>,
         mut candidate: Bench,
         active: Option<Bench>,
+        mut watch: Stopwatch,
     ) -> Result<(), Halt> {
         let Some(mut active) = active else {
             let why = self.no_active.clone();
@@ -468,25 +497,23 @@ impl<'a> Proof<'a> {
         let grey = FrameDump::rgb("grey", 1280, 720, vec![114; 3 * 1280 * 720]);
         let frame = real.unwrap_or(&grey);
         let rules = &self.request.latency;
-        let (mut mine, mut theirs) = (Times::default(), Times::default());
-        for _ in 0..WARM_UP {
-            for bench in [&mut candidate, &mut active] {
-                self.run_timed(bench, frame)?;
-            }
-        }
-        while latency::wants_more(rules, &mine, &theirs) {
-            // There and back: whoever comes first finds colder caches, and a run that follows one of
-            // its own model differs from one that does not.
-            let first = self.run_timed(&mut candidate, frame)?;
-            theirs.add(self.run_timed(&mut active, frame)?, self.run_timed(&mut active, frame)?);
-            mine.add(first, self.run_timed(&mut candidate, frame)?);
+        while watch.wants_more(rules) {
+            let bench = match watch.next() {
+                Who::Candidate => &mut candidate,
+                Who::Active => &mut active,
+            };
+            let ran = self.run_timed(Work::Latency, bench, frame).map_err(|reason| {
+                self.push(failed("latency", &reason, json!({})));
+                (if bench.who == Who::Candidate { Fault::Model } else { Fault::Machine }, reason)
+            })?;
+            watch.note(bench.who, ran);
         }
         self.phase("latency", began);
         let engine = &self.request.engine;
         let allowed = crate::affinity::allowed().len().max(1);
         let cores =
             engine.cores.as_ref().map_or(allowed, Vec::len).min(engine.setting.threads).max(1);
-        self.judged(latency::judge(rules, cores, mine, theirs))
+        self.judged(watch.judge(rules, cores))
     }
 }
 

@@ -10,17 +10,18 @@ use serde_json::json;
 use super::super::job::{Gate, Reason, Verdict};
 use super::request::Latency;
 use super::shift::median;
+use super::wire::Who;
 use super::{failed, gate};
 use crate::records::rounded;
 
-/// Quartets (one model, twice the other, the one again) that are measured in a round: 40 pairs.
-const QUARTETS: usize = 20;
-/// Rounds at most: on a busy box the ratio of 40 pairs is off by a quarter now and then, so as long
-/// as it is within that of the limit, more are measured.
+/// Quartets (one model, twice the other, the one again) that are measured in a round: 32 pairs.
+const QUARTETS: usize = 16;
+/// Rounds at most: on a busy box the ratio of so many pairs is off by a quarter now and then, so as
+/// long as it is within that of the limit, more are measured.
 const ROUNDS_MAX: usize = 4;
 const CLOSE: f64 = 1.3;
-/// Pairs before them.
-pub(super) const WARM_UP: usize = 3;
+/// Quartets before them.
+const WARM_UP: usize = 1;
 
 /// One frame.
 #[derive(Debug, Clone, Copy)]
@@ -32,31 +33,70 @@ pub(super) struct Run {
 
 /// Times of one model, in milliseconds a frame: the mean of both runs of a quartet each.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Times {
+struct Times {
     cpu_ms: Vec<f64>,
     wall_ms: Vec<f64>,
 }
 
-/// Whether to measure on after these pairs.
-pub(super) fn wants_more(rules: &Latency, candidate: &Times, active: &Times) -> bool {
-    let quartets = candidate.cpu_ms.len();
-    if !quartets.is_multiple_of(QUARTETS) || quartets == 0 {
-        return true;
-    }
-    let off = ratio(candidate, active) / rules.ratio_max;
-    quartets < QUARTETS * ROUNDS_MAX && (1.0 / CLOSE..CLOSE).contains(&off)
+/// Takes the times of both models: the candidate, twice the active model, the candidate again, over
+/// and over. There and back, since whoever comes first finds colder caches, and a run that follows one
+/// of its own model differs from one that does not.
+#[derive(Debug, Default)]
+pub(super) struct Stopwatch {
+    /// Of the quartet that is not yet whole.
+    runs: Vec<Run>,
+    warmed_up: usize,
+    candidate: Times,
+    active: Times,
 }
 
-/// The median of the quartets' own ratios. Not the ratio of the medians: when the box grows busy half
-/// way, one model's median is from before and the other's from after.
-fn ratio(candidate: &Times, active: &Times) -> f64 {
-    let quartets = candidate.cpu_ms.iter().zip(&active.cpu_ms);
-    median(quartets.map(|(new, old)| new / old.max(1e-6)).collect()).unwrap_or(0.0)
+impl Stopwatch {
+    /// Whose turn it is.
+    pub(super) fn next(&self) -> Who {
+        if matches!(self.runs.len(), 0 | 3) { Who::Candidate } else { Who::Active }
+    }
+
+    /// Notes a run of the model whose turn it is.
+    pub(super) fn note(&mut self, who: Who, run: Run) {
+        assert_eq!(who, self.next(), "the models take turns");
+        self.runs.push(run);
+        let &[first, second, third, fourth] = &self.runs[..] else { return };
+        self.runs.clear();
+        if self.warmed_up < WARM_UP {
+            self.warmed_up += 1;
+        } else {
+            self.candidate.add(first, fourth);
+            self.active.add(second, third);
+        }
+    }
+
+    /// Whether to measure on.
+    pub(super) fn wants_more(&self, rules: &Latency) -> bool {
+        let quartets = self.candidate.cpu_ms.len();
+        if !quartets.is_multiple_of(QUARTETS) || quartets == 0 {
+            return true;
+        }
+        let off = self.ratio() / rules.ratio_max;
+        quartets < QUARTETS * ROUNDS_MAX && (1.0 / CLOSE..CLOSE).contains(&off)
+    }
+
+    /// The median of the quartets' own ratios. Not the ratio of the medians: when the box grows busy
+    /// half way, one model's median is from before and the other's from after.
+    fn ratio(&self) -> f64 {
+        let quartets = self.candidate.cpu_ms.iter().zip(&self.active.cpu_ms);
+        median(quartets.map(|(new, old)| new / old.max(1e-6)).collect()).unwrap_or(0.0)
+    }
+
+    /// Judges; `cores` is how many of them a run can use.
+    pub(super) fn judge(self, rules: &Latency, cores: usize) -> (Gate, Option<Reason>) {
+        let ratio = self.ratio();
+        judge(rules, cores, ratio, self.candidate, self.active)
+    }
 }
 
 impl Times {
     /// Adds a quartet.
-    pub(super) fn add(&mut self, first: Run, second: Run) {
+    fn add(&mut self, first: Run, second: Run) {
         let mean = |a: Duration, b: Duration| (a + b).as_secs_f64() * 1e3 / 2.0;
         self.cpu_ms.push(mean(first.cpu, second.cpu));
         self.wall_ms.push(mean(first.wall, second.wall));
@@ -67,15 +107,14 @@ impl Times {
     }
 }
 
-/// Judges; `cores` is how many of them a run can use.
-pub(super) fn judge(
+fn judge(
     rules: &Latency,
     cores: usize,
+    ratio: f64,
     candidate: Times,
     active: Times,
 ) -> (Gate, Option<Reason>) {
     let pairs = 2 * candidate.cpu_ms.len();
-    let ratio = ratio(&candidate, &active);
     let (cpu, wall) = candidate.medians();
     let (active_cpu, active_wall) = active.medians();
     // As if the cores had nothing else to do, and so at most.
@@ -134,25 +173,26 @@ mod tests {
 
     #[test]
     fn a_box_that_grows_busy_half_way_does_not_change_the_ratio() {
-        let (mut candidate, mut active) = (Times::default(), Times::default());
-        let run = |ms: f64| {
-            let time = Duration::from_secs_f64(ms / 1e3);
-            Run { cpu: time, wall: time }
-        };
-        // 10 quartets idle, 9 busy, one in between that hits the candidate only.
-        for n in 0..20 {
+        let mut watch = Stopwatch { warmed_up: WARM_UP, ..Stopwatch::default() };
+        // Eight quartets idle, seven busy, one in between that hits the candidate only.
+        for n in 0..QUARTETS {
             let (new, old) = match n {
-                0..=9 => (1.1, 1.0),
-                10 => (2.0, 1.0),
+                0..8 => (1.1, 1.0),
+                8 => (2.0, 1.0),
                 _ => (2.2, 2.0),
             };
-            candidate.add(run(new), run(new));
-            active.add(run(old), run(old));
+            for _ in 0..4 {
+                let who = watch.next();
+                let ms: f64 = if who == Who::Candidate { new } else { old };
+                let time = Duration::from_secs_f64(ms / 1e3);
+                watch.note(who, Run { cpu: time, wall: time });
+            }
         }
         let rules = Latency { ratio_max: 1.5, budget_ms: None, accept_slower: None, cameras: 1 };
-        assert!(candidate.clone().medians().0 / active.clone().medians().0 > 1.5, "as it was");
-        assert!(!wants_more(&rules, &candidate, &active));
-        let (gate, refused) = judge(&rules, 2, candidate, active);
+        let medians = (watch.candidate.clone().medians().0, watch.active.clone().medians().0);
+        assert!(medians.0 / medians.1 > 1.5, "as it was: {medians:?}");
+        assert!(!watch.wants_more(&rules));
+        let (gate, refused) = watch.judge(&rules, 2);
         assert_eq!((gate.verdict, refused), (Verdict::Passed, None), "{gate:?}");
         assert_eq!(gate.numbers["ratio"], 1.1);
     }

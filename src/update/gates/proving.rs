@@ -16,6 +16,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,14 +27,16 @@ use serde_json::json;
 
 use super::super::event::Stopped;
 use super::super::job::{Gate, Reason};
+use super::super::live::LiveSource;
 use super::super::tune::Measured;
 use super::request::Request;
-use super::wire::{Fault, Line, Report, Step, Task, Ticket, Who};
+use super::wire::{self, Fault, Line, Report, Step, Task, Ticket, Who};
 use super::{GATES, failed, skipped};
 use crate::config::Models;
 use crate::host;
 use crate::model::options::Setting;
 use crate::records::rounded;
+use crate::worker::Pulse;
 
 /// How often the child's memory is looked at. It can grow by 30 MB in between.
 const TICK: Duration = Duration::from_millis(10);
@@ -56,6 +59,8 @@ pub struct Limits {
     pub wall: Duration,
     /// Its niceness, unless the service's is higher.
     pub nice: i32,
+    /// For whose frames it stands still.
+    pub beside: Option<Arc<Pulse>>,
 }
 
 impl Default for Limits {
@@ -69,6 +74,7 @@ impl Default for Limits {
             cpu_s: 60,
             wall: Duration::from_secs(15 * 60),
             nice: host::NICE,
+            beside: None,
         }
     }
 }
@@ -122,12 +128,18 @@ impl End {
 
 /// Proves a model. Blocks until the child is gone; `cancel` ends it within [`TICK`]. The calling
 /// thread must outlive the call, which it does: the kernel kills the child with the thread that
-/// started it.
-pub fn run(request: &Request, limits: &Limits, cancel: &AtomicBool) -> Outcome {
+/// started it. Frames of `live` are given to the child while it is at work.
+pub fn run(
+    request: &Request,
+    live: Option<&LiveSource<'_>>,
+    limits: &Limits,
+    cancel: &AtomicBool,
+) -> Outcome {
     let began = Instant::now();
     let mut seen = Seen::default();
     let task = Task::Prove(Box::new(request.clone()));
-    let end = match watch(task, request.engine.cores.clone(), limits, cancel, began, &mut seen) {
+    let cores = request.engine.cores.clone();
+    let end = match watch(task, cores, live, limits, cancel, began, &mut seen) {
         Ok((status, killed)) => judge(&mut seen, limits, status, killed),
         Err(why) => {
             End::refused(Stopped::Failed, "proving_failed", format!("no child: {why}"), false)
@@ -174,6 +186,7 @@ pub(in crate::update) struct Seen {
 pub(in crate::update) fn watch(
     task: Task,
     cores: Option<Vec<usize>>,
+    live: Option<&LiveSource<'_>>,
     limits: &Limits,
     cancel: &AtomicBool,
     began: Instant,
@@ -183,7 +196,7 @@ pub(in crate::update) fn watch(
     getrandom::fill(&mut random).map_err(|e| std::io::Error::other(e.to_string()))?;
     seen.nonce = random.iter().map(|b| format!("{b:02x}")).collect();
     let most = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-    let ticket = serde_json::to_vec(&Ticket {
+    let mut ticket = serde_json::to_vec(&Ticket {
         nonce: seen.nonce.clone(),
         parent: std::process::id() as i32,
         cpu_s: limits.cpu_s,
@@ -192,6 +205,7 @@ pub(in crate::update) fn watch(
         cores,
         task,
     })?;
+    ticket.push(b'\n');
     let kept = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let killed_before = field("/proc/vmstat", "oom_kill ");
     let mut child = Command::new(&limits.program)
@@ -206,14 +220,19 @@ pub(in crate::update) fn watch(
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()?;
-    let (mut stdin, stdout, stderr) =
-        (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let stay = limits.beside.as_ref().map(|pulse| pulse.guest.host(&child)).transpose();
+    if let Err(why) = &stay {
+        tracing::warn!("the child does not stand still for frames: {why}");
+    }
+    let gone = AtomicBool::new(false);
     let ended = std::thread::scope(|threads| {
         // A child that does not read must not hold up its own killing.
-        threads.spawn(move || {
-            if let Some(mut stdin) = stdin.take() {
-                let _ = stdin.write_all(&ticket);
-            }
+        let frames = threads.spawn(|| {
+            // The end of its input tells it that there are no more.
+            let mut stdin = stdin?;
+            stdin.write_all(&ticket).ok()?;
+            Some(live?(&gone, &mut |file| stdin.write_all(&wire::frame(file)).is_ok()))
         });
         let (lines, said) = bounded(64);
         threads.spawn(move || stdout.map(|out| listen(out, &lines)));
@@ -246,9 +265,12 @@ pub(in crate::update) fn watch(
         if ended.is_err() {
             kill(&mut child);
         }
+        gone.store(true, Ordering::Relaxed);
         // Its pipes are closed: the rest ends by itself.
         said.iter().for_each(|line| seen.note(line));
         seen.last_words = words.join().unwrap_or_default();
+        // Not before: it reads them when it comes to them.
+        drop(frames.join());
         ended
     });
     seen.out_of_memory = field("/proc/vmstat", "oom_kill ") > killed_before;

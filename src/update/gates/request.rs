@@ -89,14 +89,12 @@ pub struct Request {
     pub engine: Engine,
     /// The site's pictures.
     pub calibration: Option<Calibration>,
-    /// Dumps of live frames ([`FrameDump`](super::FrameDump)), 32 at most.
-    pub frames: Vec<PathBuf>,
     /// What the latency gate allows.
     pub latency: Latency,
 }
 
 impl Request {
-    /// A request as the configuration has it, without live frames.
+    /// A request as the configuration has it.
     pub fn of(
         inference: &Inference,
         models: &Models,
@@ -109,7 +107,6 @@ impl Request {
             active,
             engine: Engine::of(inference, models),
             calibration: models.calibration.clone(),
-            frames: Vec::new(),
             latency: Latency {
                 ratio_max: models.latency_ratio_max,
                 budget_ms: models.latency_budget_ms,

@@ -1,6 +1,7 @@
-//! What parent and child say to each other: a ticket in, lines of JSON out.
+//! What parent and child say to each other: a ticket and names of live frames in, lines of JSON out.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +10,7 @@ use super::super::tune::{Ask, Measured};
 use super::request::Request;
 use crate::model::options::Setting;
 
-/// On the child's standard input.
+/// The first line of the child's standard input.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ticket {
     /// Random; the report must repeat it.
@@ -26,6 +27,19 @@ pub struct Ticket {
     pub cores: Option<Vec<usize>>,
     /// The work.
     pub task: Task,
+}
+
+/// A further line of it: a dump of a live frame ([`FrameDump`](super::FrameDump)).
+pub fn frame(file: &Path) -> Vec<u8> {
+    // A path that is no text is an empty line, which is no frame.
+    let mut line = serde_json::to_vec(file).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+/// Reads such a line.
+pub fn read_frame(line: &str) -> Option<PathBuf> {
+    serde_json::from_str(line).ok()
 }
 
 /// What a child is for.

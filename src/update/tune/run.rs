@@ -110,7 +110,7 @@ fn child(
         let limits = Limits { wall, ..limits.clone() };
         let (mut seen, cores) = (Seen::default(), engine.cores.clone());
         let task = Task::Tune(Box::new(ask));
-        let ended = proving::watch(task, cores, &limits, cancel, Instant::now(), &mut seen);
+        let ended = proving::watch(task, cores, None, &limits, cancel, Instant::now(), &mut seen);
         let (status, killed) = ended.map_err(|e| Stopped::Failed(format!("no child: {e}")))?;
         if killed == Some(Killed::Canceled) {
             return Err(Stopped::Canceled);

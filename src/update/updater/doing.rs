@@ -11,7 +11,7 @@ use super::super::digest::Digest;
 use super::super::event::{Effect, Event, Step, Stopped};
 use super::super::gates::{Limits, Request};
 use super::super::job::{Job, Reason};
-use super::super::live::LiveFrames;
+use super::super::live::{LiveFrames, LiveSource};
 use super::super::orders;
 use super::super::steps::{self, Bench, StepEnd};
 use super::super::watch::Swapped;
@@ -146,10 +146,12 @@ impl Thread {
         let manifest = steps::manifest_of(command.manifest.as_deref());
         request.latency.accept_slower =
             steps::accepted_ratio(&command, manifest.as_ref(), !self.keys.is_empty());
-        let limits = Limits::of(&self.parts.config.models);
+        let pulse = Some(Arc::clone(&self.parts.pulse));
+        let limits = Limits { beside: pulse, ..Limits::of(&self.parts.config.models) };
         let (sampler, dir) = (Arc::clone(&self.parts.sampler), frames_dir(&self.parts));
         self.start_step(serial, move |bench, cancel| {
-            let live = |cancel: &_| LiveFrames::collect(&dir, &sampler, cancel);
+            let live: &LiveSource =
+                &|cancel, tell| LiveFrames::collect(&dir, &sampler, cancel, tell);
             steps::prove(bench, request, &limits, live, cancel)
         });
     }

@@ -225,7 +225,7 @@ impl Thread {
         let (sampler, dir) = (Arc::clone(&self.parts.sampler), pictures_dir(&self.parts));
         let running = tuner.step(&self.bench, move |_, cancel| {
             // They lie there until the child has seen them.
-            let live = LiveFrames::collect(&dir, &sampler, cancel);
+            let live = LiveFrames::collect(&dir, &sampler, cancel, &mut |_| true);
             order.pictures = live.files().iter().take(PICTURES).cloned().collect();
             if let (true, Some(calibration)) = (order.pictures.is_empty(), calibration) {
                 order.pictures = pictures(&calibration.dir, PICTURES);
