@@ -60,9 +60,9 @@ impl Agreement {
         }
     }
 
-    /// Whether no frame was compared.
-    pub(super) fn is_empty(&self) -> bool {
-        self.frames == 0
+    /// How many were compared.
+    pub(super) fn frames(&self) -> usize {
+        self.frames
     }
 
     /// Judges.

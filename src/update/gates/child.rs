@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use serde_json::{Value, json};
 
 use super::super::job::{Gate, Reason, Verdict};
@@ -59,9 +60,7 @@ pub fn main() -> ExitCode {
             let nonce = ticket.nonce;
             match ticket.task {
                 Task::Prove(request) => {
-                    let lines = stdin.lines().map_while(Result::ok);
-                    let frames = lines.filter_map(|line| wire::read_frame(&line));
-                    let proof = Proof::new(&request, allowance, Box::new(frames));
+                    let proof = Proof::new(&request, allowance, frames(stdin));
                     let report = proof.run(nonce, confinement);
                     say(&Line::Report(Box::new(report)));
                 }
@@ -77,6 +76,19 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The live frames that the parent names, as they come.
+fn frames(stdin: std::io::StdinLock<'static>) -> Receiver<PathBuf> {
+    // It is read elsewhere: a lock belongs to its thread.
+    drop(stdin);
+    let (named, live) = bounded(LIVE_FRAMES_MAX);
+    std::thread::spawn(move || {
+        let lines = std::io::stdin().lines().map_while(Result::ok);
+        // Nobody listens = the proof is over.
+        lines.filter_map(|line| wire::read_frame(&line)).try_for_each(|file| named.send(file))
+    });
+    live
 }
 
 pub(in crate::update) fn say(line: &Line) {
@@ -96,8 +108,8 @@ type Halt = (Fault, Reason);
 struct Proof<'a> {
     request: &'a Request,
     allowance: Allowance,
-    /// Dumps of live frames: waits for the next one, and ends when no more will come.
-    live: Box<dyn Iterator<Item = PathBuf>>,
+    /// Dumps of live frames; closed when no more will come.
+    live: Receiver<PathBuf>,
     gates: Vec<Gate>,
     refused: Option<Halt>,
     ask: Option<Reason>,
@@ -107,11 +119,7 @@ struct Proof<'a> {
 }
 
 impl<'a> Proof<'a> {
-    fn new(
-        request: &'a Request,
-        allowance: Allowance,
-        live: Box<dyn Iterator<Item = PathBuf>>,
-    ) -> Self {
+    fn new(request: &'a Request, allowance: Allowance, live: Receiver<PathBuf>) -> Self {
         Self {
             request,
             allowance,
@@ -194,7 +202,8 @@ impl<'a> Proof<'a> {
     /// A few real pictures: of the folder, else live ones.
     fn real(&mut self, folder: Option<&Folder>) -> Result<Vec<FrameDump>, Halt> {
         let Some(folder) = folder else {
-            let files = self.live.by_ref().take(REAL_FRAMES);
+            // One is waited for; the others only if they are there.
+            let files = self.live.recv().into_iter().chain(self.live.try_iter()).take(REAL_FRAMES);
             let frames: Result<_, _> = files.map(|file| FrameDump::read(&file)).collect();
             return frames.map_err(|e| self.machine("agreement", "frames_unusable", e.to_string()));
         };
@@ -421,7 +430,8 @@ impl<'a> Proof<'a> {
     }
 
     /// Both models on the live frames, those that were looked at already first; the inner error is why
-    /// they can't be compared. The times of their runs are kept.
+    /// they can't be compared. The times of their runs are kept, and while a frame is waited for, more
+    /// are taken on the one before.
     fn compare(
         &mut self,
         real: &[FrameDump],
@@ -430,21 +440,29 @@ impl<'a> Proof<'a> {
         watch: &mut Stopwatch,
     ) -> Result<Result<Agreement, String>, Halt> {
         let mut agreement = Agreement::default();
-        for n in 0..LIVE_FRAMES_MAX {
-            let read = match real.get(n) {
-                Some(frame) => Ok(Cow::Borrowed(frame)),
-                None => match self.live.next() {
-                    Some(file) => FrameDump::read(&file).map(Cow::Owned),
-                    None => break,
-                },
+        let mut frames = real.iter().map(Cow::Borrowed);
+        let mut last: Option<Cow<'_, FrameDump>> = None;
+        while agreement.frames() < LIVE_FRAMES_MAX {
+            let waiting = last.as_ref().filter(|_| watch.wants_more(&self.request.latency));
+            let next = match (frames.next(), waiting) {
+                (Some(frame), _) => Some(frame),
+                (None, waiting) => {
+                    let file = match waiting {
+                        Some(_) => self.live.try_recv(),
+                        None => self.live.recv().map_err(|_| TryRecvError::Disconnected),
+                    };
+                    match file.map(|file| FrameDump::read(&file)) {
+                        Ok(Ok(frame)) => Some(Cow::Owned(frame)),
+                        Ok(Err(e)) => return Ok(Err(e.to_string())),
+                        Err(TryRecvError::Empty) => None,
+                        Err(TryRecvError::Disconnected) => break,
+                    }
+                }
             };
-            let frame = match read {
-                Ok(frame) => frame,
-                Err(e) => return Ok(Err(e.to_string())),
-            };
-            // There and back, as the latency gate wants it.
+            let is_new = next.is_some();
+            let Some(frame) = next.or(last.take()) else { break };
             let mut benches = [&mut *candidate, &mut *active];
-            if n % 2 == 1 {
+            if watch.next() == Who::Active {
                 benches.reverse();
             }
             for bench in benches {
@@ -460,9 +478,12 @@ impl<'a> Proof<'a> {
             let (old, new) = (active.model.contract(), candidate.model.contract());
             let shared =
                 |label: &str| [old, new].iter().all(|c| c.labels.iter().any(|l| l == label));
-            agreement.add(&active.labelled(), &candidate.labelled(), shared);
+            if is_new {
+                agreement.add(&active.labelled(), &candidate.labelled(), shared);
+            }
+            last = Some(frame);
         }
-        Ok(if agreement.is_empty() {
+        Ok(if agreement.frames() == 0 {
             Err("there are no live frames".into())
         } else {
             Ok(agreement)
