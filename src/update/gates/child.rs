@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 
 use super::super::job::{Gate, Reason, Verdict};
 use super::super::tune;
-use super::agreement::{Agreement, Labelled};
+use super::agreement::Agreement;
+use super::bench::{Bench, out_of_memory};
 use super::calibration::{self, Marks};
 use super::confine::{self, Allowance, process_cpu};
 use super::content;
@@ -28,11 +29,10 @@ use super::request::{Request, Subject};
 use super::score::{self, Finding, Tally};
 use super::wire::{self, Fault, Line, Report, Step, Task, Ticket, Who, Work};
 use super::{GATES, failed, gate, shift, skipped};
-use crate::model::engine::{Detection, EngineOptions, Model, OpenError, RunError, Thresholds};
+use crate::model::engine::{EngineOptions, Model, OpenError, Thresholds};
 use crate::model::file::ModelFile;
 use crate::model::runtime::Runtime;
 use crate::records::rounded;
-use crate::vision::decode::DecodeError;
 use crate::vision::letterbox::Geometry;
 
 /// Largest ticket.
@@ -93,13 +93,6 @@ fn frames(stdin: std::io::StdinLock<'static>) -> Receiver<PathBuf> {
 
 pub(in crate::update) fn say(line: &Line) {
     println!("{}", serde_json::to_string(line).expect("lines are plain data"));
-}
-
-/// A model and what is needed to run it.
-struct Bench {
-    model: Model,
-    who: Who,
-    found: Vec<Detection>,
 }
 
 /// Why the proving ends before its end.
@@ -542,39 +535,6 @@ impl<'a> Proof<'a> {
 /// the next run.
 const SETTLE: Duration = Duration::from_millis(1);
 
-impl Bench {
-    /// Runs a frame; what was found is in `found`.
-    fn detect(&mut self, frame: &FrameDump, thresholds: Thresholds) -> Result<(), Reason> {
-        let mut runner = self.model.runner();
-        let failed = |e: RunError| failure(frame.name(), &e);
-        runner.preprocess(&frame.picture()).map_err(failed)?;
-        runner.run().map_err(failed)?;
-        runner.postprocess(&thresholds, &mut self.found).map_err(failed)
-    }
-
-    /// The same, with a look at the raw output before boxes are made of it.
-    fn look(
-        &mut self,
-        frame: &FrameDump,
-        thresholds: Thresholds,
-        watch: &mut examine::Watch,
-    ) -> Result<(), Reason> {
-        let mut runner = self.model.runner();
-        let failed = |e: RunError| failure(frame.name(), &e);
-        runner.preprocess(&frame.picture()).map_err(failed)?;
-        runner.run().map_err(failed)?;
-        watch.look(frame.name(), runner.raw().map_err(failed)?)?;
-        runner.postprocess(&thresholds, &mut self.found).map_err(failed)
-    }
-
-    fn labelled(&self) -> Vec<Labelled> {
-        let labels = &self.model.contract().labels;
-        let label = |d: &Detection| labels.get(d.class_id as usize).cloned().unwrap_or_default();
-        let found = self.found.iter();
-        found.map(|d| Labelled { label: label(d), corners: [d.x1, d.y1, d.x2, d.y2] }).collect()
-    }
-}
-
 impl Marks {
     fn of(model: &Model, folder: &Folder) -> Self {
         let labels = &model.contract().labels;
@@ -584,24 +544,4 @@ impl Marks {
             ..Self::default()
         }
     }
-}
-
-fn failure(frame: &str, error: &RunError) -> Reason {
-    let code = match error {
-        RunError::Output(DecodeError::NotFinite) => "nan_output",
-        RunError::Output(_) => "bad_output",
-        RunError::Picture(_) => "picture",
-        RunError::Session(_) | RunError::Terminated => "run",
-    };
-    out_of_memory(Reason::new(code, format!("{frame}: {error}")))
-}
-
-/// ONNX Runtime says in words only that memory was not to be had.
-fn out_of_memory(mut reason: Reason) -> Reason {
-    let said = reason.message.to_lowercase();
-    if ["bad_alloc", "failed to allocate", "out of memory"].iter().any(|words| said.contains(words))
-    {
-        reason.code = "memory_budget".into();
-    }
-    reason
 }

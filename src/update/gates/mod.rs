@@ -12,6 +12,7 @@
 //! measured: `examine`, `calibration`, `shift`, `agreement`, `latency`.
 
 mod agreement;
+mod bench;
 mod calibration;
 mod child;
 pub(super) mod confine;
