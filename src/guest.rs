@@ -11,8 +11,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Child;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -20,7 +20,7 @@ use nix::libc;
 /// For how long frames without a pause between them hold it up.
 const SPELL_MAX: Duration = Duration::from_millis(250);
 
-/// The place beside the worker; one process at a time has it.
+/// The place beside the worker; one process at a time has it, the one that came last.
 #[derive(Debug, Default)]
 pub struct Guest {
     /// The worker looks at the seat only if somebody has it.
@@ -31,7 +31,9 @@ pub struct Guest {
 
 #[derive(Debug)]
 struct Seat {
-    /// Not its number, which another process may have once this one is gone.
+    /// Its number, to know it by.
+    id: u32,
+    /// What signals go to: not the number, which another process may have once this one is gone.
     process: OwnedFd,
     /// Since when the worker has had frames without a pause.
     spell: Option<Instant>,
@@ -40,7 +42,10 @@ struct Seat {
 
 /// As long as this lives, the process stands still for frames.
 #[derive(Debug)]
-pub struct Stay<'g>(&'g Guest);
+pub struct Stay<'g> {
+    guest: &'g Guest,
+    id: u32,
+}
 
 impl Guest {
     /// Takes a child in. End it, or know it ended, before the stay is dropped.
@@ -55,13 +60,14 @@ impl Guest {
         }
         // SAFETY: it was opened just now, and nobody else knows it.
         let process = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        self.seat(Some(Seat { process, spell: None, still: false }));
-        Ok(Stay(self))
+        let id = child.id();
+        *self.lock() = Some(Seat { id, process, spell: None, still: false });
+        self.taken.store(true, Ordering::Relaxed);
+        Ok(Stay { guest: self, id })
     }
 
-    fn seat(&self, seat: Option<Seat>) {
-        self.taken.store(seat.is_some(), Ordering::Relaxed);
-        *self.seat.lock().expect("nothing panics while it holds the seat") = seat;
+    fn lock(&self) -> MutexGuard<'_, Option<Seat>> {
+        self.seat.lock().expect("nothing panics while it holds the seat")
     }
 
     /// The worker has a frame.
@@ -109,7 +115,12 @@ impl Seat {
 
 impl Drop for Stay<'_> {
     fn drop(&mut self) {
-        self.0.seat(None);
+        let mut seat = self.guest.lock();
+        // Another may have come while this one was ended.
+        if seat.as_ref().is_some_and(|seat| seat.id == self.id) {
+            *seat = None;
+            self.guest.taken.store(false, Ordering::Relaxed);
+        }
     }
 }
 

@@ -436,24 +436,20 @@ impl<'a> Proof<'a> {
         let mut frames = real.iter().map(Cow::Borrowed);
         let mut last: Option<Cow<'_, FrameDump>> = None;
         while agreement.frames() < LIVE_FRAMES_MAX {
-            let waiting = last.as_ref().filter(|_| watch.wants_more(&self.request.latency));
-            let next = match (frames.next(), waiting) {
-                (Some(frame), _) => Some(frame),
-                (None, waiting) => {
-                    let file = match waiting {
-                        Some(_) => self.live.try_recv(),
-                        None => self.live.recv().map_err(|_| TryRecvError::Disconnected),
-                    };
-                    match file.map(|file| FrameDump::read(&file)) {
-                        Ok(Ok(frame)) => Some(Cow::Owned(frame)),
-                        Ok(Err(e)) => return Ok(Err(e.to_string())),
-                        Err(TryRecvError::Empty) => None,
-                        Err(TryRecvError::Disconnected) => break,
+            let spare = last.take().filter(|_| watch.wants_more(&self.request.latency));
+            let (frame, is_new) = match (frames.next(), spare) {
+                (Some(frame), _) => (frame, true),
+                (None, spare) => match (self.live.try_recv(), spare) {
+                    (Err(TryRecvError::Empty), Some(spare)) => (spare, false),
+                    (received, _) => {
+                        let Ok(file) = received.or_else(|_| self.live.recv()) else { break };
+                        match FrameDump::read(&file) {
+                            Ok(frame) => (Cow::Owned(frame), true),
+                            Err(e) => return Ok(Err(e.to_string())),
+                        }
                     }
-                }
+                },
             };
-            let is_new = next.is_some();
-            let Some(frame) = next.or(last.take()) else { break };
             let mut benches = [&mut *candidate, &mut *active];
             if watch.next() == Who::Active {
                 benches.reverse();
