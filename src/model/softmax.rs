@@ -11,7 +11,7 @@
 use std::borrow::Cow;
 
 use super::onnx::Scan;
-use super::wire::{Message, WireError};
+use super::wire::{Message, WireError, number, put};
 
 /// The axis of channels.
 const CHANNELS: u64 = 1;
@@ -185,25 +185,6 @@ fn axes_tensor(name: &[u8]) -> Vec<u8> {
     put(&mut tensor, TENSOR_NAME, name);
     put(&mut tensor, TENSOR_RAW, &CHANNELS.to_le_bytes());
     tensor
-}
-
-fn varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-fn number(out: &mut Vec<u8>, field: u32, value: u64) {
-    varint(out, u64::from(field) << 3);
-    varint(out, value);
-}
-
-fn put(out: &mut Vec<u8>, field: u32, value: &[u8]) {
-    varint(out, u64::from(field) << 3 | 2);
-    varint(out, value.len() as u64);
-    out.extend_from_slice(value);
 }
 
 #[cfg(test)]

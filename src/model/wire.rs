@@ -1,4 +1,4 @@
-//! Protobuf's wire format, as far as a reader of ONNX needs it: fields of a message, one by one.
+//! Protobuf's wire format, as far as ONNX needs it: fields of a message, one by one, read and written.
 
 /// Why bytes are not a protobuf message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -132,4 +132,25 @@ impl<'a> Iterator for Message<'a> {
         }
         Some(field)
     }
+}
+
+fn varint(out: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        out.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.push(value as u8);
+}
+
+/// Writes a field that is a number.
+pub(crate) fn number(out: &mut Vec<u8>, field: u32, value: u64) {
+    varint(out, u64::from(field) << 3);
+    varint(out, value);
+}
+
+/// Writes a field that is a string, bytes or a message.
+pub(crate) fn put(out: &mut Vec<u8>, field: u32, value: &[u8]) {
+    varint(out, u64::from(field) << 3 | 2);
+    varint(out, value.len() as u64);
+    out.extend_from_slice(value);
 }

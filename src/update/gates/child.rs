@@ -1,7 +1,8 @@
 //! `noblink prove`: the process in which a model meets ONNX Runtime for the first time.
 //!
 //! Reads a ticket from standard input, locks itself in, and says on standard output, line by line,
-//! what it does and what came of it. Live frames are named to it, line by line, while it works. It may die at any point; the parent makes of that what it must.
+//! what it does and what came of it. Live frames are named to it, line by line, while it works. It may
+//! die at any point; the parent makes of that what it must.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -46,8 +47,8 @@ const DOUBTFUL: f32 = 0.001;
 
 /// Runs the child to its end; 0 only if the report was said.
 pub fn main() -> ExitCode {
-    let (mut text, mut stdin) = (String::new(), std::io::stdin().lock());
-    let read = stdin.by_ref().take(TICKET_BYTES_MAX).read_line(&mut text);
+    let mut text = String::new();
+    let read = std::io::stdin().lock().take(TICKET_BYTES_MAX).read_line(&mut text);
     let ticket = read
         .map_err(|e| e.to_string())
         .and_then(|_| serde_json::from_str::<Ticket>(&text).map_err(|e| format!("no ticket: {e}")));
@@ -60,7 +61,7 @@ pub fn main() -> ExitCode {
             let nonce = ticket.nonce;
             match ticket.task {
                 Task::Prove(request) => {
-                    let proof = Proof::new(&request, allowance, frames(stdin));
+                    let proof = Proof::new(&request, allowance, frames());
                     let report = proof.run(nonce, confinement);
                     say(&Line::Report(Box::new(report)));
                 }
@@ -79,9 +80,7 @@ pub fn main() -> ExitCode {
 }
 
 /// The live frames that the parent names, as they come.
-fn frames(stdin: std::io::StdinLock<'static>) -> Receiver<PathBuf> {
-    // It is read elsewhere: a lock belongs to its thread.
-    drop(stdin);
+fn frames() -> Receiver<PathBuf> {
     let (named, live) = bounded(LIVE_FRAMES_MAX);
     std::thread::spawn(move || {
         let lines = std::io::stdin().lines().map_while(Result::ok);
@@ -464,10 +463,10 @@ impl<'a> Proof<'a> {
                     Err(e) => return Ok(Err(format!("the active model: {}: {e}", frame.name()))),
                 }
             }
-            let (old, new) = (active.model.contract(), candidate.model.contract());
-            let shared =
-                |label: &str| [old, new].iter().all(|c| c.labels.iter().any(|l| l == label));
             if is_new {
+                let (old, new) = (active.model.contract(), candidate.model.contract());
+                let shared =
+                    |label: &str| [old, new].iter().all(|c| c.labels.iter().any(|l| l == label));
                 agreement.add(&active.labelled(), &candidate.labelled(), shared);
             }
             last = Some(frame);

@@ -21,6 +21,7 @@ const QUARTETS: usize = 15;
 /// long as it is within that of the limit, more are measured.
 const ROUNDS_MAX: usize = 4;
 const CLOSE: f64 = 1.3;
+
 /// One frame.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Run {
@@ -82,8 +83,46 @@ impl Stopwatch {
 
     /// Judges; `cores` is how many of them a run can use.
     pub(super) fn judge(self, rules: &Latency, cores: usize) -> (Gate, Option<Reason>) {
-        let ratio = self.ratio();
-        judge(rules, cores, ratio, self.candidate, self.active)
+        let (pairs, ratio) = (2 * self.candidate.cpu_ms.len(), self.ratio());
+        let (cpu, wall) = self.candidate.medians();
+        let (active_cpu, active_wall) = self.active.medians();
+        // As if the cores had nothing else to do, and so at most.
+        let per_camera =
+            |cpu_ms: f64| 1000.0 * cores as f64 / cpu_ms.max(1e-6) / rules.cameras.max(1) as f64;
+        let mut numbers = json!({
+            "pairs": pairs,
+            "ratio": rounded(ratio, 3),
+            "ratio_max": rules.ratio_max,
+            "budget_ms": rules.budget_ms,
+            "accept_slower": rules.accept_slower,
+            "candidate_cpu_ms": rounded(cpu, 3),
+            "active_cpu_ms": rounded(active_cpu, 3),
+            "candidate_wall_ms": rounded(wall, 3),
+            "active_wall_ms": rounded(active_wall, 3),
+            "frames_per_s_per_camera": rounded(per_camera(cpu), 1),
+        });
+        let times = format!("{cpu:.1} ms of CPU a frame, the active model {active_cpu:.1}");
+        let allowed = if ratio <= rules.ratio_max {
+            Some(format!("{ratio:.2} times the active model's time: {times}"))
+        } else if let Some(budget) = rules.budget_ms.filter(|budget| wall <= *budget) {
+            numbers["allowed_by"] = json!("latency_budget_ms");
+            Some(format!(
+                "{ratio:.2} times slower, but {wall:.1} ms are within {budget} ms: {times}"
+            ))
+        } else if let Some(accepted) = rules.accept_slower.filter(|accepted| ratio <= *accepted) {
+            numbers["allowed_by"] = json!("accept_slower");
+            Some(format!("{ratio:.2} times slower, {accepted} is accepted for it: {times}"))
+        } else {
+            None
+        };
+        match allowed {
+            Some(message) => (gate("latency", Verdict::Passed, message, numbers), None),
+            None => {
+                let reason =
+                    Reason::new("too_slow", refusal(rules, ratio, &times, per_camera(cpu)));
+                (failed("latency", &reason, numbers), Some(reason))
+            }
+        }
     }
 }
 
@@ -97,52 +136,6 @@ impl Times {
 
     fn medians(self) -> (f64, f64) {
         (median(self.cpu_ms).unwrap_or(0.0), median(self.wall_ms).unwrap_or(0.0))
-    }
-}
-
-fn judge(
-    rules: &Latency,
-    cores: usize,
-    ratio: f64,
-    candidate: Times,
-    active: Times,
-) -> (Gate, Option<Reason>) {
-    let pairs = 2 * candidate.cpu_ms.len();
-    let (cpu, wall) = candidate.medians();
-    let (active_cpu, active_wall) = active.medians();
-    // As if the cores had nothing else to do, and so at most.
-    let per_camera =
-        |cpu_ms: f64| 1000.0 * cores as f64 / cpu_ms.max(1e-6) / rules.cameras.max(1) as f64;
-    let mut numbers = json!({
-        "pairs": pairs,
-        "ratio": rounded(ratio, 3),
-        "ratio_max": rules.ratio_max,
-        "budget_ms": rules.budget_ms,
-        "accept_slower": rules.accept_slower,
-        "candidate_cpu_ms": rounded(cpu, 3),
-        "active_cpu_ms": rounded(active_cpu, 3),
-        "candidate_wall_ms": rounded(wall, 3),
-        "active_wall_ms": rounded(active_wall, 3),
-        "frames_per_s_per_camera": rounded(per_camera(cpu), 1),
-    });
-    let times = format!("{cpu:.1} ms of CPU a frame, the active model {active_cpu:.1}");
-    let allowed = if ratio <= rules.ratio_max {
-        Some(format!("{ratio:.2} times the active model's time: {times}"))
-    } else if let Some(budget) = rules.budget_ms.filter(|budget| wall <= *budget) {
-        numbers["allowed_by"] = json!("latency_budget_ms");
-        Some(format!("{ratio:.2} times slower, but {wall:.1} ms are within {budget} ms: {times}"))
-    } else if let Some(accepted) = rules.accept_slower.filter(|accepted| ratio <= *accepted) {
-        numbers["allowed_by"] = json!("accept_slower");
-        Some(format!("{ratio:.2} times slower, {accepted} is accepted for it: {times}"))
-    } else {
-        None
-    };
-    match allowed {
-        Some(message) => (gate("latency", Verdict::Passed, message, numbers), None),
-        None => {
-            let reason = Reason::new("too_slow", refusal(rules, ratio, &times, per_camera(cpu)));
-            (failed("latency", &reason, numbers), Some(reason))
-        }
     }
 }
 
