@@ -33,11 +33,12 @@ test-page:
 	node tests/page/api.mjs
 	cd tests/page && node_modules/.bin/playwright test
 
+# cargo-deny reads the manifests of other platforms' crates too, which a build does not fetch.
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	@if command -v cargo-deny >/dev/null; then \
-	  $(CARGO) deny --offline check bans licenses sources; \
+	  $(CARGO) fetch --locked --quiet && $(CARGO) deny --offline check bans licenses sources; \
 	else \
 	  echo "NOT CHECKED: licences and bans of the dependencies (no cargo-deny: cargo install cargo-deny)"; \
 	fi
