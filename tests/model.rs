@@ -126,24 +126,68 @@ fn softmax(opset: u64, turned: bool) -> Vec<u8> {
     factory::model_of_opset(&g, &[names], opset)
 }
 
+/// The output for a scene.
+fn raw(bytes: Vec<u8>) -> Vec<f32> {
+    let scene = Scene::new(64, 64, 90).square(8, 16, 24, [10, 200, 60]);
+    let file = ModelFile::parse(bytes, "rewritten.onnx", &Overrides::default(), &[]);
+    let file = file.expect("a detector");
+    let model = Model::build(&runtime(), &file, &EngineOptions::default()).expect("it loads");
+    let mut runner = model.runner();
+    runner.preprocess(&scene.picture()).expect("a picture");
+    runner.run().expect("it runs");
+    runner.raw().expect("an output").to_vec()
+}
+
 #[test]
 fn a_softmax_over_the_channels_is_the_same_as_one_over_the_last_axis() {
-    let scene = Scene::new(64, 64, 90).square(8, 16, 24, [10, 200, 60]);
-    let run = |bytes: Vec<u8>| {
-        let file = ModelFile::parse(bytes, "softmax.onnx", &Overrides::default(), &[]);
-        let file = file.expect("a detector");
-        let model = Model::build(&runtime(), &file, &EngineOptions::default()).expect("it loads");
-        let mut runner = model.runner();
-        runner.preprocess(&scene.picture()).expect("a picture");
-        runner.run().expect("it runs");
-        runner.raw().expect("an output").to_vec()
-    };
     for opset in [13, 17, 18] {
-        let (own, turned) = (run(softmax(opset, false)), run(softmax(opset, true)));
+        let (own, turned) = (raw(softmax(opset, false)), raw(softmax(opset, true)));
         assert!(own.iter().any(|p| (0.01..0.99).contains(p)), "opset {opset}: no extremes only");
         for (n, (a, b)) in own.iter().zip(&turned).enumerate() {
             assert!((a - b).abs() < 1e-6, "opset {opset}, value {n}: {a} and {b}");
         }
+    }
+}
+
+/// A model of 64x64 with a C2f's beginning: a convolution of 48 channels, SiLU and a Split into 16
+/// and 32; `apart`: with something between the last two.
+fn c2f(opset: u64, apart: bool) -> Vec<u8> {
+    let mut g = Graph::default();
+    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
+    let weights =
+        |n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect() };
+    g.floats("filters", &[48, 3, 8, 8], &weights(48 * 3 * 64));
+    g.floats("bias", &[48], &weights(48));
+    g.floats("more filters", &[32, 16, 1, 1], &weights(32 * 16));
+    g.floats("pixels", &[64, 84], &weights(64 * 84));
+    g.floats("rows", &[5, 32], &weights(5 * 32));
+    g.ints("sizes", &[2], &[16, 32]);
+    g.ints("flat", &[3], &[1, 32, 64]);
+    let stride = ("strides", Attr::Ints(vec![8, 8]));
+    let found = g.node("Conv", &["images", "filters", "bias"], &[stride]);
+    let gate = g.node("Sigmoid", &[&found], &[]);
+    let mut both = g.node("Mul", &[&found, &gate], &[]);
+    if apart {
+        both = g.node("Identity", &[&both], &[]);
+    }
+    g.node_to("Split", &[&both, "sizes"], "few\0many", &[("axis", Attr::Int(1))]);
+    let few = g.node("Conv", &["few", "more filters"], &[]);
+    let sum = g.node("Add", &[&few, "many"], &[]);
+    let flat = g.node("Reshape", &[&sum, "flat"], &[]);
+    let anchors = g.node("MatMul", &[&flat, "pixels"], &[]);
+    let scores = g.node("MatMul", &["rows", &anchors], &[]);
+    g.node_to("Identity", &[&scores], "output0", &[]);
+    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
+    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
+    factory::model_of_opset(&g, &[names], opset)
+}
+
+#[test]
+fn filters_that_are_split_find_what_split_channels_would() {
+    for opset in [13, 18] {
+        let (own, apart) = (raw(c2f(opset, false)), raw(c2f(opset, true)));
+        assert!(own.iter().any(|p| *p > 1.0), "opset {opset}: not nothing but zeros");
+        assert_eq!(own, apart, "opset {opset}");
     }
 }
 

@@ -1,10 +1,12 @@
 //! A model's file: foreign formats, the scan, structure, contract, labels.
 
+use std::borrow::Cow;
+
 use noblink::model::contract::{Contract, Overrides};
 use noblink::model::file::Identity;
 use noblink::model::layout::Layout;
 use noblink::model::onnx::{Dim, Scan, scan};
-use noblink::model::{foreign, labels};
+use noblink::model::{foreign, labels, rewrite};
 use noblink::update::gates::{Content, Rules, content};
 use noblink::update::manifest::is_id;
 
@@ -53,6 +55,11 @@ fn scanned(data: &[u8], found: &Scan) {
     assert!(found.initializer_bytes <= 4 * data.len() as u64);
     // Bytes behind a model's end are refused, whatever the model.
     assert!(scan(&[data, &[0; 2]].concat()).is_err());
+    // What is written anew for the CPU provider has the same inputs and outputs.
+    if let Cow::Owned(anew) = rewrite::for_cpu(data, found) {
+        let anew = scan(&anew).expect("still a model");
+        assert_eq!((anew.inputs, anew.outputs), (found.inputs.clone(), found.outputs.clone()));
+    }
     // What comes out of its metadata does so from our own text as well.
     if let Some(Ok(names)) = found.metadata("names").map(labels::parse) {
         let json = serde_json::to_string(&names).expect("texts become JSON");

@@ -30,8 +30,8 @@ use super::layout::Layout;
 use super::options::Setting;
 pub use super::options::{EngineOptions, OpenError};
 use super::refusal::{Code, Refusal};
+use super::rewrite;
 use super::runtime::Runtime;
-use super::softmax;
 use crate::config::Provider;
 use crate::vision::decode::{self, Candidate, DecodeError};
 use crate::vision::letterbox::Geometry;
@@ -272,7 +272,7 @@ fn session(
     // Others compile the graph in their own way; in half precision more steps would round more.
     let own = options.setting.provider == Provider::Cpu && file.contract.input.dtype == Dtype::F32;
     let bytes = match own {
-        true => softmax::unfold(&file.bytes, &file.scan),
+        true => rewrite::for_cpu(&file.bytes, &file.scan),
         false => Cow::Borrowed(&file.bytes[..]),
     };
     let session = builder.commit_from_memory(&bytes);

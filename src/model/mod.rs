@@ -1,5 +1,5 @@
 //! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
-//! `labels`), how it runs (`options`, `engine`, `runtime`, `softmax`) and where the running one is
+//! `labels`), how it runs (`options`, `engine`, `runtime`, `rewrite`) and where the running one is
 //! found (`slot`).
 
 pub mod contract;
@@ -12,7 +12,7 @@ pub mod layout;
 pub mod onnx;
 pub mod options;
 pub mod refusal;
+pub mod rewrite;
 pub mod runtime;
 pub mod slot;
-mod softmax;
 pub mod wire;

@@ -1,0 +1,288 @@
+//! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
+//!
+//! Exporters write what a network's Python said; here are the places where that costs the provider a
+//! detour ([`softmax`], [`split`]). Only copies of bytes that [`scan`](super::onnx::scan) has let
+//! through come here, when a session is built: the file and its digest are untouched. What this can't
+//! read is left as it is: ONNX Runtime judges it.
+
+mod softmax;
+mod split;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::onnx::Scan;
+use super::wire::{Message, WireError, put};
+
+/// Below it, operators mean other things.
+const OPSET_MIN: u64 = 13;
+
+/// Fields of `ModelProto`, `GraphProto`, `NodeProto`, `AttributeProto`, `TensorProto` and
+/// `ValueInfoProto`.
+const MODEL_GRAPH: u32 = 7;
+const GRAPH_NODE: u32 = 1;
+const GRAPH_INITIALIZER: u32 = 5;
+const GRAPH_OUTPUT: u32 = 12;
+const NODE_INPUT: u32 = 1;
+const NODE_OUTPUT: u32 = 2;
+const NODE_NAME: u32 = 3;
+const NODE_OP: u32 = 4;
+const NODE_ATTRIBUTE: u32 = 5;
+const NODE_DOMAIN: u32 = 7;
+const ATTRIBUTE_NAME: u32 = 1;
+const ATTRIBUTE_INT: u32 = 3;
+const ATTRIBUTE_GRAPH: u32 = 6;
+const ATTRIBUTE_GRAPHS: u32 = 11;
+const TENSOR_NAME: u32 = 8;
+const VALUE_NAME: u32 = 1;
+
+/// What stands in a node's place, by its number: fields of the graph; none if it is gone.
+type Changes = BTreeMap<usize, Vec<u8>>;
+
+/// A copy of a model in f32 for the CPU provider; the model itself where there is nothing to change.
+pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan) -> Cow<'a, [u8]> {
+    let own = scan.opsets.iter().find(|(domain, _)| is_own(domain.as_bytes()));
+    match own {
+        Some((_, opset)) if *opset >= OPSET_MIN => {
+            rewrite(model, *opset).ok().flatten().map_or(Cow::Borrowed(model), Cow::Owned)
+        }
+        _ => Cow::Borrowed(model),
+    }
+}
+
+fn rewrite(model: &[u8], opset: u64) -> Result<Option<Vec<u8>>, WireError> {
+    let Some(graph) = field(model, MODEL_GRAPH)? else { return Ok(None) };
+    let changes = changes(&Graph::read(graph)?, opset);
+    if changes.is_empty() {
+        return Ok(None);
+    }
+    let (mut nodes, mut changed) = (0.., Vec::with_capacity(graph.len() + 1024));
+    copy(graph, &mut changed, |number, out| {
+        let change = (number == GRAPH_NODE).then(|| changes.get(&nodes.next()?)).flatten();
+        change.is_some_and(|fields| {
+            out.extend_from_slice(fields);
+            true
+        })
+    })?;
+    let mut out = Vec::with_capacity(model.len() + 1024);
+    copy(model, &mut out, |number, out| {
+        let is_graph = number == MODEL_GRAPH;
+        if is_graph {
+            put(out, MODEL_GRAPH, &changed);
+        }
+        is_graph
+    })?;
+    Ok(Some(out))
+}
+
+fn changes(graph: &Graph<'_>, opset: u64) -> Changes {
+    let mut changes = Changes::new();
+    softmax::take_apart(graph, opset, &mut changes);
+    split::before_convolutions(graph, &mut changes);
+    changes
+}
+
+/// Copies a message field by field. `replace` gets a field's number, and returns whether it has
+/// written something in its place.
+fn copy(
+    message: &[u8],
+    out: &mut Vec<u8>,
+    mut replace: impl FnMut(u32, &mut Vec<u8>) -> bool,
+) -> Result<(), WireError> {
+    let mut fields = Message::new(message);
+    let mut from = 0;
+    while let Some(field) = fields.next() {
+        let to = fields.position();
+        if !replace(field?.number, out) {
+            out.extend_from_slice(&message[from..to]);
+        }
+        from = to;
+    }
+    Ok(())
+}
+
+/// Whether operators of this domain are ONNX's own.
+fn is_own(domain: &[u8]) -> bool {
+    matches!(domain, b"" | b"ai.onnx")
+}
+
+/// The first field of this number: of the kind that stands once.
+fn field(message: &[u8], number: u32) -> Result<Option<&[u8]>, WireError> {
+    for field in Message::new(message) {
+        let field = field?;
+        if field.number == number {
+            return field.bytes().map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// What is asked of a graph.
+#[derive(Default)]
+struct Graph<'a> {
+    nodes: Vec<Node<'a>>,
+    /// Values that are the same in each run.
+    constants: HashSet<&'a [u8]>,
+    /// By value the number of the node that it comes out of.
+    makers: HashMap<&'a [u8], usize>,
+    /// By value how often it is read, the caller included.
+    reads: HashMap<&'a [u8], usize>,
+    /// There are graphs within this one, which read its values without a word.
+    is_nested: bool,
+}
+
+impl<'a> Graph<'a> {
+    fn read(graph: &'a [u8]) -> Result<Self, WireError> {
+        let mut this = Self::default();
+        for one in Message::new(graph) {
+            let one = one?;
+            match one.number {
+                GRAPH_NODE => this.node(Node::read(one.bytes()?)?),
+                GRAPH_INITIALIZER => this.constants.extend(field(one.bytes()?, TENSOR_NAME)?),
+                GRAPH_OUTPUT => field(one.bytes()?, VALUE_NAME)?.into_iter().for_each(|name| {
+                    *this.reads.entry(name).or_default() += 1;
+                }),
+                _ => {}
+            }
+        }
+        Ok(this)
+    }
+
+    fn node(&mut self, node: Node<'a>) {
+        if node.op == b"Constant" {
+            self.constants.extend(&node.outputs);
+        }
+        self.is_nested |= node.attributes.iter().any(|a| a.holds_graphs);
+        for input in &node.inputs {
+            *self.reads.entry(input).or_default() += 1;
+        }
+        self.makers.extend(node.outputs.iter().map(|output| (*output, self.nodes.len())));
+        self.nodes.push(node);
+    }
+
+    /// The node of this operator that a value comes out of, and its number.
+    fn maker(&self, value: &[u8], op: &[u8]) -> Option<(usize, &Node<'a>)> {
+        let at = *self.makers.get(value)?;
+        Some((at, &self.nodes[at])).filter(|(_, node)| node.op == op)
+    }
+
+    fn reads(&self, value: &[u8]) -> usize {
+        self.reads.get(value).copied().unwrap_or(0)
+    }
+}
+
+#[derive(Default)]
+struct Node<'a> {
+    /// Empty for operators that are not ONNX's own.
+    op: &'a [u8],
+    inputs: Vec<&'a [u8]>,
+    outputs: Vec<&'a [u8]>,
+    attributes: Vec<Attribute<'a>>,
+}
+
+impl<'a> Node<'a> {
+    fn read(bytes: &'a [u8]) -> Result<Self, WireError> {
+        let mut node = Self::default();
+        let mut own = true;
+        for field in Message::new(bytes) {
+            let field = field?;
+            match field.number {
+                NODE_INPUT => node.inputs.push(field.bytes()?),
+                NODE_OUTPUT => node.outputs.push(field.bytes()?),
+                NODE_OP => node.op = field.bytes()?,
+                NODE_DOMAIN => own = is_own(field.bytes()?),
+                NODE_ATTRIBUTE => node.attributes.push(Attribute::read(field.bytes()?)?),
+                _ => {}
+            }
+        }
+        if !own {
+            node.op = b"";
+        }
+        Ok(node)
+    }
+
+    fn int(&self, name: &[u8]) -> Option<u64> {
+        self.attributes.iter().find(|a| a.name == name)?.int
+    }
+}
+
+#[derive(Default)]
+struct Attribute<'a> {
+    bytes: &'a [u8],
+    name: &'a [u8],
+    int: Option<u64>,
+    holds_graphs: bool,
+}
+
+impl<'a> Attribute<'a> {
+    fn read(bytes: &'a [u8]) -> Result<Self, WireError> {
+        let mut attribute = Self { bytes, ..Self::default() };
+        for field in Message::new(bytes) {
+            let field = field?;
+            match field.number {
+                ATTRIBUTE_NAME => attribute.name = field.bytes()?,
+                ATTRIBUTE_INT => attribute.int = Some(field.varint()?),
+                ATTRIBUTE_GRAPH | ATTRIBUTE_GRAPHS => attribute.holds_graphs = true,
+                _ => {}
+            }
+        }
+        Ok(attribute)
+    }
+}
+
+/// Puts a node, named as its first output, into a graph.
+fn put_node(
+    graph: &mut Vec<u8>,
+    op: &[u8],
+    inputs: &[&[u8]],
+    outputs: &[&[u8]],
+    attributes: &[&[u8]],
+) {
+    let mut node = Vec::new();
+    inputs.iter().for_each(|input| put(&mut node, NODE_INPUT, input));
+    outputs.iter().for_each(|output| put(&mut node, NODE_OUTPUT, output));
+    put(&mut node, NODE_NAME, outputs[0]);
+    put(&mut node, NODE_OP, op);
+    attributes.iter().for_each(|attribute| put(&mut node, NODE_ATTRIBUTE, attribute));
+    put(graph, GRAPH_NODE, &node);
+}
+
+/// The name of a value that stands beside another.
+fn beside(value: &[u8], what: &[u8]) -> Vec<u8> {
+    [value, b":", what].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::onnx::scan;
+    use super::super::wire::number;
+    use super::*;
+
+    /// A model of these nodes.
+    pub(super) fn model(graph: &[u8], opset: u64) -> Vec<u8> {
+        let mut set = Vec::new();
+        number(&mut set, 2, opset);
+        let mut model = Vec::new();
+        number(&mut model, 1, 8);
+        put(&mut model, MODEL_GRAPH, graph);
+        put(&mut model, 8, &set);
+        model
+    }
+
+    pub(super) fn int_attribute(name: &[u8], value: u64) -> Vec<u8> {
+        let mut attribute = Vec::new();
+        put(&mut attribute, ATTRIBUTE_NAME, name);
+        number(&mut attribute, ATTRIBUTE_INT, value);
+        number(&mut attribute, 20, 2);
+        attribute
+    }
+
+    /// The operators of what becomes of a model, in order; `None` if it is left alone.
+    pub(super) fn operators(model: &[u8]) -> Option<Vec<String>> {
+        let Cow::Owned(after) = for_cpu(model, &scan(model).expect("a model")) else { return None };
+        scan(&after).expect("still a model");
+        let graph = field(&after, MODEL_GRAPH).expect("fields").expect("a graph");
+        let nodes = Graph::read(graph).expect("a graph").nodes;
+        Some(nodes.iter().map(|n| String::from_utf8_lossy(n.op).into_owned()).collect())
+    }
+}

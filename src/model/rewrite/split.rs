@@ -1,0 +1,155 @@
+//! A convolution whose channels are split afterwards, made one of each share's filters.
+//!
+//! The provider's convolutions work on blocks of channels, and so do sums and concatenations between
+//! them; a Split does not. It turns the tensor back into planes, and all that comes of it up to the
+//! next convolution is done in planes too. Each C2f of YOLOv8 and its successors begins with one,
+//! behind the activation. The channels of a convolution don't know of each other, so the filters can be
+//! split as well, which is done once, when the session is built. For YOLOv8n of 640x640 that takes 18
+//! turns into planes and 18 back out of the graph, and a twentieth off the run; the numbers that come
+//! out are the same to the bit.
+
+use super::{Attribute, Changes, Graph, Node, beside, put_node};
+
+pub(super) fn before_convolutions(graph: &Graph<'_>, changes: &mut Changes) {
+    if graph.is_nested {
+        return;
+    }
+    for (at, split) in graph.nodes.iter().enumerate() {
+        let Some(before) = Before::of(graph, split) else { continue };
+        changes.extend(before.numbers.map(|number| (number, Vec::new())));
+        changes.insert(at, before.shares(split));
+    }
+}
+
+/// What stands before a Split, and is read by nothing else: a convolution and the SiLU of it.
+struct Before<'a> {
+    /// Of the convolution.
+    input: &'a [u8],
+    /// The filters, and their bias if they have one.
+    weights: &'a [&'a [u8]],
+    attributes: &'a [Attribute<'a>],
+    /// Of the convolution, the sigmoid of it and their product.
+    numbers: [usize; 3],
+}
+
+impl<'a> Before<'a> {
+    fn of(graph: &'a Graph<'a>, split: &Node<'_>) -> Option<Self> {
+        const CHANNELS: u64 = 1;
+        let (&values, sizes) = split.inputs.split_first()?;
+        if split.op != b"Split" || split.int(b"axis") != Some(CHANNELS) {
+            return None;
+        }
+        let (product_at, product) = graph.maker(values, b"Mul")?;
+        let &[one, other] = &product.inputs[..] else { return None };
+        let (sigmoid_at, sigmoid, found) = [(one, other), (other, one)]
+            .into_iter()
+            .find_map(|(gate, x)| graph.maker(gate, b"Sigmoid").map(|(at, node)| (at, node, x)))?;
+        let (convolution_at, convolution) = graph.maker(found, b"Conv")?;
+        let is_silu = sigmoid.inputs == [found];
+        let alone = [values, sigmoid.outputs[0]].iter().all(|value| graph.reads(value) == 1)
+            && graph.reads(found) == 2;
+        let named = !split.outputs.is_empty()
+            && split.outputs.iter().chain(&convolution.inputs).all(|name| !name.is_empty());
+        let ungrouped = convolution.int(b"group").is_none_or(|groups| groups == 1);
+        // Or the filters would be split anew for each frame.
+        let (&input, weights) = convolution.inputs.split_first()?;
+        let settled = [*weights.first()?].iter().chain(sizes).all(|v| graph.constants.contains(v));
+        (is_silu && alone && named && ungrouped && settled).then_some(Self {
+            input,
+            weights,
+            attributes: &convolution.attributes,
+            numbers: [convolution_at, sigmoid_at, product_at],
+        })
+    }
+
+    /// A convolution and SiLU for each output of the split.
+    fn shares(&self, split: &Node<'_>) -> Vec<u8> {
+        let mut graph = Vec::new();
+        // Over the filters, which is the axis by default; else as the channels were.
+        let attributes: Vec<_> =
+            split.attributes.iter().filter(|a| a.name != b"axis").map(|a| a.bytes).collect();
+        for weight in self.weights {
+            let inputs: Vec<_> =
+                [*weight].into_iter().chain(split.inputs[1..].iter().copied()).collect();
+            let shares: Vec<_> =
+                split.outputs.iter().map(|output| beside(output, weight)).collect();
+            let shares: Vec<_> = shares.iter().map(Vec::as_slice).collect();
+            put_node(&mut graph, b"Split", &inputs, &shares, &attributes);
+        }
+        let attributes: Vec<_> = self.attributes.iter().map(|a| a.bytes).collect();
+        for output in &split.outputs {
+            let shares: Vec<_> = self.weights.iter().map(|weight| beside(output, weight)).collect();
+            let inputs: Vec<_> =
+                [self.input].into_iter().chain(shares.iter().map(Vec::as_slice)).collect();
+            let (found, gate) = (beside(output, b"conv"), beside(output, b"sigmoid"));
+            put_node(&mut graph, b"Conv", &inputs, &[&found], &attributes);
+            put_node(&mut graph, b"Sigmoid", &[&found], &[&gate], &[]);
+            put_node(&mut graph, b"Mul", &[&found, &gate], &[output], &[]);
+        }
+        graph
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::wire::put;
+    use super::super::tests::{int_attribute, model, operators};
+    use super::super::{GRAPH_INITIALIZER, GRAPH_OUTPUT, TENSOR_NAME, VALUE_NAME};
+
+    /// What may stand in the way.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Case {
+        Plain,
+        Groups,
+        OtherAxis,
+        OtherGate,
+        ComputedWeights,
+        NoBias,
+        OutputBefore,
+        Reader,
+    }
+
+    fn split_model(case: Case) -> Vec<u8> {
+        let mut graph = Vec::new();
+        let mut named = |field, number, name: &[u8]| {
+            let mut message = Vec::new();
+            put(&mut message, number, name);
+            put(&mut graph, field, &message);
+        };
+        named(GRAPH_INITIALIZER, TENSOR_NAME, b"w");
+        named(GRAPH_INITIALIZER, TENSOR_NAME, b"sizes");
+        named(GRAPH_OUTPUT, VALUE_NAME, b"output0");
+        if case == Case::OutputBefore {
+            named(GRAPH_OUTPUT, VALUE_NAME, b"x");
+        }
+        let when = |this, then: &'static [u8], other: &'static [u8]| match case == this {
+            true => then,
+            false => other,
+        };
+        let groups = int_attribute(b"group", 1 + u64::from(case == Case::Groups));
+        let axis = int_attribute(b"axis", 1 + u64::from(case == Case::OtherAxis));
+        super::put_node(&mut graph, b"Identity", &[b"w"], &[b"w2"], &[]);
+        let weights = when(Case::ComputedWeights, b"w2", b"w");
+        let bias = when(Case::NoBias, b"", b"b");
+        super::put_node(&mut graph, b"Conv", &[b"images", weights, bias], &[b"x"], &[&groups]);
+        let gated = when(Case::OtherGate, b"images", b"x");
+        super::put_node(&mut graph, b"Sigmoid", &[gated], &[b"s"], &[]);
+        super::put_node(&mut graph, b"Mul", &[b"s", b"x"], &[b"y"], &[]);
+        super::put_node(&mut graph, b"Split", &[b"y", b"sizes"], &[b"l", b"r"], &[&axis]);
+        let right = when(Case::Reader, b"y", b"r");
+        super::put_node(&mut graph, b"Concat", &[b"l", right], &[b"output0"], &[]);
+        model(&graph, 18)
+    }
+
+    #[test]
+    fn only_a_convolution_that_the_split_alone_reads_is_split_itself() {
+        use Case::*;
+        let share = ["Conv", "Sigmoid", "Mul"];
+        let wanted = [&["Identity", "Split", "Split"][..], &share, &share, &["Concat"]].concat();
+        assert_eq!(operators(&split_model(Plain)).expect("it is changed"), wanted);
+        let others = [Groups, OtherAxis, OtherGate, ComputedWeights, NoBias, OutputBefore, Reader];
+        for case in others {
+            assert_eq!(operators(&split_model(case)), None, "{case:?}");
+        }
+    }
+}
