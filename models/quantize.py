@@ -295,6 +295,9 @@ def attempt_all(noblink, contract, images, heldout, args, work):
         if marks["candidate"]["ap50"] is None:
             fail(f"{args.heldout or args.calibration} labels nothing that the model knows: "
                  f"{gates['calibration']['message']}")
+        if not marks["active"]["ap50"]:
+            fail(f"{args.model} finds nothing of what {args.heldout or args.calibration} labels: what int8 costs can't "
+                 "be measured with it")
         if not told:
             row("float", args.model, marks, times, "active")
             told = True
