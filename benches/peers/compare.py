@@ -143,7 +143,13 @@ WANTED = {"Python, ONNX Runtime": ["onnxruntime", "cv2", "numpy"], "bare run": [
 def measure(args, clip):
     """By contender the figures of each round; and why some have none."""
     found, missing, rounds = contenders(args, clip), {}, {}
+    for name in args.only or []:
+        if name not in found:
+            fail(f"--only {name}: there are {', '.join(found)}")
+    found = {name: run for name, run in found.items() if name in (args.only or found)}
     for name, modules in WANTED.items():
+        if name not in found:
+            continue
         gone = [m for m in modules if importlib.util.find_spec(m) is None]
         if gone:
             missing[name] = f"this Python has no {', '.join(gone)} (PYTHON=… make bench)"
@@ -260,6 +266,8 @@ def main():
     parser.add_argument("--clip", type=Path, help="default: the demo's, scaled up to 1080p30 H.264")
     parser.add_argument("--provider", action="append", metavar="NAME[=LIBRARY]",
                         help="of noblink; may be given again; LIBRARY is the ONNX Runtime to use (default: cpu)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="a contender by its name in the table; again for "
+                        "more: many short rounds of a few tell more on a noisy machine than few of all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)

@@ -222,19 +222,21 @@ impl<'a> Proof<'a> {
         let mut bench =
             opened.map_err(|halt| refuse(self, halt, json!({ "confinement": confinement })))?;
 
-        let real = self.real(folder)?;
-        let began = Instant::now();
         let input = bench.model.contract().input.clone();
         let synthetic = examine::frames(input.width, input.height);
         let mut watch = examine::Watch::default();
-        let mut looked = Ok(());
-        for frame in synthetic.iter().chain(&real) {
-            self.step(Work::Examine, Who::Candidate);
-            looked = bench.look(frame, self.thresholds(), &mut watch);
-            if looked.is_err() {
-                break;
-            }
-        }
+        let mut look = |this: &Self, frames: &[FrameDump]| {
+            frames.iter().try_for_each(|frame| {
+                this.step(Work::Examine, Who::Candidate);
+                bench.look(frame, this.thresholds(), &mut watch)
+            })
+        };
+        let began = Instant::now();
+        let mut looked = look(self, &synthetic);
+        self.phase("examine", began);
+        let real = if looked.is_ok() { self.real(folder)? } else { Vec::new() };
+        let began = Instant::now();
+        looked = looked.and_then(|()| look(self, &real));
         let layout = bench.model.contract().layout;
         let looked = looked.and_then(|()| watch.end(layout, !real.is_empty()));
         self.phase("examine", began);

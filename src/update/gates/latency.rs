@@ -14,8 +14,12 @@ use super::wire::Who;
 use super::{failed, gate};
 use crate::records::rounded;
 
-/// Quartets (one model, twice the other, the one again) that are measured in a round: 30 pairs. The
-/// first, with everything cold, is but one of those whose median is taken.
+/// Quartets (one model, twice the other, the one again) after which it may be clear already: 16 pairs.
+/// Of a model that is as slow as the limit seven of them would have to be off by [`CLOSE`], all in
+/// the same direction.
+const QUARTETS_MIN: usize = 8;
+/// Those of a round where it is not: 30 pairs. The first, with everything cold, is but one of those
+/// whose median is taken.
 const QUARTETS: usize = 15;
 /// Rounds at most: on a busy box the ratio of so many pairs is off by a quarter now and then, so as
 /// long as it is within that of the limit, more are measured.
@@ -67,18 +71,35 @@ impl Stopwatch {
     /// Whether to measure on.
     pub(super) fn wants_more(&self, rules: &Latency) -> bool {
         let quartets = self.candidate.cpu_ms.len();
-        if !quartets.is_multiple_of(QUARTETS) || quartets == 0 {
+        if quartets < QUARTETS_MIN {
             return true;
         }
-        let off = self.ratio() / rules.ratio_max;
-        quartets < QUARTETS * ROUNDS_MAX && (1.0 / CLOSE..CLOSE).contains(&off)
+        if self.is_clear(rules) {
+            return false;
+        }
+        let is_close =
+            limits(rules).any(|limit| (1.0 / CLOSE..CLOSE).contains(&(self.ratio() / limit)));
+        !quartets.is_multiple_of(QUARTETS) || (quartets < QUARTETS * ROUNDS_MAX && is_close)
+    }
+
+    /// All quartets but one at most are beyond each limit, or all within, and far from it.
+    fn is_clear(&self, rules: &Latency) -> bool {
+        limits(rules).all(|limit| {
+            let beyond = self.ratios().filter(|ratio| *ratio > CLOSE * limit).count();
+            let within = self.ratios().filter(|ratio| CLOSE * ratio < limit).count();
+            beyond.max(within) + 1 >= self.candidate.cpu_ms.len()
+        })
+    }
+
+    fn ratios(&self) -> impl Iterator<Item = f64> {
+        let quartets = self.candidate.cpu_ms.iter().zip(&self.active.cpu_ms);
+        quartets.map(|(new, old)| new / old.max(1e-6))
     }
 
     /// The median of the quartets' own ratios. Not the ratio of the medians: when the box grows busy
     /// half way, one model's median is from before and the other's from after.
     fn ratio(&self) -> f64 {
-        let quartets = self.candidate.cpu_ms.iter().zip(&self.active.cpu_ms);
-        median(quartets.map(|(new, old)| new / old.max(1e-6)).collect()).unwrap_or(0.0)
+        median(self.ratios().collect()).unwrap_or(0.0)
     }
 
     /// Judges; `cores` is how many of them a run can use.
@@ -126,6 +147,12 @@ impl Stopwatch {
     }
 }
 
+/// Ratios on which the judgement turns.
+fn limits(rules: &Latency) -> impl Iterator<Item = f64> {
+    let accepted = rules.accept_slower.filter(|accepted| *accepted > rules.ratio_max);
+    [rules.ratio_max].into_iter().chain(accepted)
+}
+
 impl Times {
     /// Adds a quartet.
     fn add(&mut self, first: Run, second: Run) {
@@ -157,6 +184,45 @@ fn refusal(rules: &Latency, ratio: f64, times: &str, per_camera: f64) -> String 
 mod tests {
     use super::*;
 
+    const RULES: Latency =
+        Latency { ratio_max: 1.5, budget_ms: None, accept_slower: None, cameras: 1 };
+
+    /// A quartet of these times.
+    fn quartet(watch: &mut Stopwatch, new: f64, old: f64) {
+        for _ in 0..4 {
+            let who = watch.next();
+            let ms = if who == Who::Candidate { new } else { old };
+            let time = Duration::from_secs_f64(ms / 1e3);
+            watch.note(who, Run { cpu: time, wall: time });
+        }
+    }
+
+    /// How many pairs it takes with these ratios over and over.
+    fn pairs(rules: &Latency, ratios: &[f64]) -> usize {
+        let mut watch = Stopwatch::default();
+        for ratio in ratios.iter().cycle() {
+            if !watch.wants_more(rules) {
+                break;
+            }
+            quartet(&mut watch, *ratio, 1.0);
+        }
+        2 * watch.candidate.cpu_ms.len()
+    }
+
+    #[test]
+    fn it_takes_as_many_pairs_as_the_judgement_needs() {
+        assert_eq!(pairs(&RULES, &[1.0]), 16, "far below the limit");
+        assert_eq!(pairs(&RULES, &[3.0]), 16, "far above");
+        let once = [1.0, 1.0, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+        assert_eq!(pairs(&RULES, &once), 16, "one that something hit");
+        assert_eq!(pairs(&RULES, &[1.0, 1.0, 1.6, 1.0, 3.0, 1.0, 1.0, 1.0]), 30, "two");
+        assert_eq!(pairs(&RULES, &[1.4]), 120, "close");
+        let rules = Latency { accept_slower: Some(3.0), ..RULES };
+        assert_eq!(pairs(&rules, &[2.8]), 120, "close to what is accepted");
+        assert_eq!(pairs(&rules, &[2.1]), 16, "between the two");
+        assert_eq!(pairs(&Latency { accept_slower: Some(1.1), ..RULES }, &[1.1]), 16);
+    }
+
     #[test]
     fn a_box_that_grows_busy_half_way_does_not_change_the_ratio() {
         let mut watch = Stopwatch::default();
@@ -167,18 +233,12 @@ mod tests {
                 7 => (2.0, 1.0),
                 _ => (2.2, 2.0),
             };
-            for _ in 0..4 {
-                let who = watch.next();
-                let ms: f64 = if who == Who::Candidate { new } else { old };
-                let time = Duration::from_secs_f64(ms / 1e3);
-                watch.note(who, Run { cpu: time, wall: time });
-            }
+            quartet(&mut watch, new, old);
         }
-        let rules = Latency { ratio_max: 1.5, budget_ms: None, accept_slower: None, cameras: 1 };
         let medians = (watch.candidate.clone().medians().0, watch.active.clone().medians().0);
         assert!(medians.0 / medians.1 > 1.5, "as it was: {medians:?}");
-        assert!(!watch.wants_more(&rules));
-        let (gate, refused) = watch.judge(&rules, 2);
+        assert!(!watch.wants_more(&RULES));
+        let (gate, refused) = watch.judge(&RULES, 2);
         assert_eq!((gate.verdict, refused), (Verdict::Passed, None), "{gate:?}");
         assert_eq!(gate.numbers["ratio"], 1.1);
     }
