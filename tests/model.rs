@@ -191,6 +191,37 @@ fn filters_that_are_split_find_what_split_channels_would() {
     }
 }
 
+/// A model of 64x64 with a convolution of 80 filters; `apart`: its filters are computed, in a way that
+/// changes nothing.
+fn eighty(apart: bool) -> Vec<u8> {
+    let mut g = Graph::default();
+    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
+    let weights =
+        |n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect() };
+    g.floats("filters", &[80, 3, 8, 8], &weights(80 * 3 * 64));
+    g.floats("bias", &[80], &weights(80));
+    g.floats("pixels", &[64, 84], &weights(64 * 84));
+    g.floats("rows", &[5, 80], &weights(5 * 80));
+    g.ints("flat", &[3], &[1, 80, 64]);
+    let filters = if apart { g.node("Identity", &["filters"], &[]) } else { "filters".to_owned() };
+    let stride = ("strides", Attr::Ints(vec![8, 8]));
+    let found = g.node("Conv", &["images", &filters, "bias"], &[stride]);
+    let flat = g.node("Reshape", &[&found, "flat"], &[]);
+    let anchors = g.node("MatMul", &[&flat, "pixels"], &[]);
+    let scores = g.node("MatMul", &["rows", &anchors], &[]);
+    g.node_to("Identity", &[&scores], "output0", &[]);
+    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
+    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
+    factory::model_of_opset(&g, &[names], 17)
+}
+
+#[test]
+fn eighty_filters_find_as_sixty_four_and_sixteen_what_they_would() {
+    let (own, apart) = (raw(eighty(false)), raw(eighty(true)));
+    assert!(own.iter().any(|p| *p > 1.0), "not nothing but zeros");
+    assert_eq!(own, apart);
+}
+
 #[test]
 fn faults_are_reported_and_pass() {
     let bright = Scene::new(320, 320, 255);

@@ -1,18 +1,19 @@
 //! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
 //!
 //! Exporters write what a network's Python said; here are the places where that costs the provider a
-//! detour ([`softmax`], [`split`]). Only copies of bytes that [`scan`](super::onnx::scan) has let
+//! detour ([`softmax`], [`split`], [`filters`]). Only copies of bytes that [`scan`](super::onnx::scan) has let
 //! through come here, when a session is built: the file and its digest are untouched. What this can't
 //! read is left as it is: ONNX Runtime judges it.
 
+mod filters;
 mod softmax;
 mod split;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use super::onnx::Scan;
-use super::wire::{Message, WireError, put};
+use super::wire::{Message, WireError, number, put, varints};
 
 /// Below it, operators mean other things.
 const OPSET_MIN: u64 = 13;
@@ -33,7 +34,11 @@ const ATTRIBUTE_NAME: u32 = 1;
 const ATTRIBUTE_INT: u32 = 3;
 const ATTRIBUTE_GRAPH: u32 = 6;
 const ATTRIBUTE_GRAPHS: u32 = 11;
+const ATTRIBUTE_TYPE: u32 = 20;
+const TENSOR_DIMS: u32 = 1;
+const TENSOR_TYPE: u32 = 2;
 const TENSOR_NAME: u32 = 8;
+const TENSOR_RAW: u32 = 9;
 const VALUE_NAME: u32 = 1;
 
 /// What stands in a node's place, by its number: fields of the graph; none if it is gone.
@@ -79,6 +84,7 @@ fn changes(graph: &Graph<'_>, opset: u64) -> Changes {
     let mut changes = Changes::new();
     softmax::take_apart(graph, opset, &mut changes);
     split::before_convolutions(graph, &mut changes);
+    filters::even_out(graph, &mut changes);
     changes
 }
 
@@ -121,8 +127,8 @@ fn field(message: &[u8], number: u32) -> Result<Option<&[u8]>, WireError> {
 #[derive(Default)]
 struct Graph<'a> {
     nodes: Vec<Node<'a>>,
-    /// Values that are the same in each run.
-    constants: HashSet<&'a [u8]>,
+    /// Weights and the like, with their dimensions.
+    initializers: HashMap<&'a [u8], Vec<u64>>,
     /// By value the number of the node that it comes out of.
     makers: HashMap<&'a [u8], usize>,
     /// By value how often it is read, the caller included.
@@ -138,7 +144,7 @@ impl<'a> Graph<'a> {
             let one = one?;
             match one.number {
                 GRAPH_NODE => this.node(Node::read(one.bytes()?)?),
-                GRAPH_INITIALIZER => this.constants.extend(field(one.bytes()?, TENSOR_NAME)?),
+                GRAPH_INITIALIZER => this.initializer(one.bytes()?)?,
                 GRAPH_OUTPUT => field(one.bytes()?, VALUE_NAME)?.into_iter().for_each(|name| {
                     *this.reads.entry(name).or_default() += 1;
                 }),
@@ -148,10 +154,24 @@ impl<'a> Graph<'a> {
         Ok(this)
     }
 
-    fn node(&mut self, node: Node<'a>) {
-        if node.op == b"Constant" {
-            self.constants.extend(&node.outputs);
+    fn initializer(&mut self, tensor: &'a [u8]) -> Result<(), WireError> {
+        let (mut name, mut dims) = (&b""[..], Vec::new());
+        for field in Message::new(tensor) {
+            let field = field?;
+            match field.number {
+                TENSOR_NAME => name = field.bytes()?,
+                TENSOR_DIMS => match field.bytes() {
+                    Ok(packed) => dims.extend(varints(packed).collect::<Result<Vec<_>, _>>()?),
+                    Err(_) => dims.push(field.varint()?),
+                },
+                _ => {}
+            }
         }
+        self.initializers.insert(name, dims);
+        Ok(())
+    }
+
+    fn node(&mut self, node: Node<'a>) {
         self.is_nested |= node.attributes.iter().any(|a| a.holds_graphs);
         for input in &node.inputs {
             *self.reads.entry(input).or_default() += 1;
@@ -164,6 +184,11 @@ impl<'a> Graph<'a> {
     fn maker(&self, value: &[u8], op: &[u8]) -> Option<(usize, &Node<'a>)> {
         let at = *self.makers.get(value)?;
         Some((at, &self.nodes[at])).filter(|(_, node)| node.op == op)
+    }
+
+    /// Whether a value is the same in each run.
+    fn is_constant(&self, value: &[u8]) -> bool {
+        self.initializers.contains_key(value) || self.maker(value, b"Constant").is_some()
     }
 
     fn reads(&self, value: &[u8]) -> usize {
@@ -203,6 +228,36 @@ impl<'a> Node<'a> {
 
     fn int(&self, name: &[u8]) -> Option<u64> {
         self.attributes.iter().find(|a| a.name == name)?.int
+    }
+
+    /// Whether it is a convolution whose filters don't know of each other, with their weights.
+    fn is_divisible(&self) -> bool {
+        let ungrouped = self.int(b"group").is_none_or(|groups| groups == 1);
+        let named = self.inputs.iter().all(|name| !name.is_empty());
+        self.op == b"Conv" && ungrouped && named && self.inputs.len() >= 2
+    }
+
+    /// Puts convolutions of a share of its filters each in its place. `sizes` and `attributes` are the
+    /// other inputs and the attributes of the Split that deals the weights out.
+    fn divide(
+        &self,
+        graph: &mut Vec<u8>,
+        shares: &[Vec<u8>],
+        sizes: &[&[u8]],
+        attributes: &[&[u8]],
+    ) {
+        let (input, weights) = (&self.inputs[..1], &self.inputs[1..]);
+        for weight in weights {
+            let own: Vec<_> = shares.iter().map(|share| beside(share, weight)).collect();
+            let own: Vec<_> = own.iter().map(Vec::as_slice).collect();
+            put_node(graph, b"Split", &[&[*weight], sizes].concat(), &own, attributes);
+        }
+        let attributes: Vec<_> = self.attributes.iter().map(|a| a.bytes).collect();
+        for share in shares {
+            let own: Vec<_> = weights.iter().map(|weight| beside(share, weight)).collect();
+            let own: Vec<_> = own.iter().map(Vec::as_slice).collect();
+            put_node(graph, b"Conv", &[input, &own].concat(), &[share], &attributes);
+        }
     }
 }
 
@@ -247,6 +302,28 @@ fn put_node(
     put(graph, GRAPH_NODE, &node);
 }
 
+/// An `AttributeProto` of one integer.
+fn int_attribute(name: &[u8], value: u64) -> Vec<u8> {
+    const INT: u64 = 2;
+    let mut attribute = Vec::new();
+    put(&mut attribute, ATTRIBUTE_NAME, name);
+    number(&mut attribute, ATTRIBUTE_INT, value);
+    number(&mut attribute, ATTRIBUTE_TYPE, INT);
+    attribute
+}
+
+/// A `TensorProto` of integers, of one dimension.
+fn ints_tensor(name: &[u8], values: &[u64]) -> Vec<u8> {
+    const INT64: u64 = 7;
+    let mut tensor = Vec::new();
+    number(&mut tensor, TENSOR_DIMS, values.len() as u64);
+    number(&mut tensor, TENSOR_TYPE, INT64);
+    put(&mut tensor, TENSOR_NAME, name);
+    let raw: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    put(&mut tensor, TENSOR_RAW, &raw);
+    tensor
+}
+
 /// The name of a value that stands beside another.
 fn beside(value: &[u8], what: &[u8]) -> Vec<u8> {
     [value, b":", what].concat()
@@ -255,7 +332,6 @@ fn beside(value: &[u8], what: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::super::onnx::scan;
-    use super::super::wire::number;
     use super::*;
 
     /// A model of these nodes.
@@ -267,14 +343,6 @@ mod tests {
         put(&mut model, MODEL_GRAPH, graph);
         put(&mut model, 8, &set);
         model
-    }
-
-    pub(super) fn int_attribute(name: &[u8], value: u64) -> Vec<u8> {
-        let mut attribute = Vec::new();
-        put(&mut attribute, ATTRIBUTE_NAME, name);
-        number(&mut attribute, ATTRIBUTE_INT, value);
-        number(&mut attribute, 20, 2);
-        attribute
     }
 
     /// The operators of what becomes of a model, in order; `None` if it is left alone.

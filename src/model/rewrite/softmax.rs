@@ -7,7 +7,8 @@
 
 use super::super::wire::{number, put};
 use super::{
-    ATTRIBUTE_NAME, Changes, GRAPH_INITIALIZER, Graph, Node, TENSOR_NAME, beside, put_node,
+    ATTRIBUTE_NAME, ATTRIBUTE_TYPE, Changes, GRAPH_INITIALIZER, Graph, Node, beside, ints_tensor,
+    put_node,
 };
 
 /// The axis of channels.
@@ -16,10 +17,6 @@ const CHANNELS: u64 = 1;
 const AXES_AS_INPUT: u64 = 18;
 
 const ATTRIBUTE_INTS: u32 = 8;
-const ATTRIBUTE_TYPE: u32 = 20;
-const TENSOR_DIMS: u32 = 1;
-const TENSOR_TYPE: u32 = 2;
-const TENSOR_RAW: u32 = 9;
 
 pub(super) fn take_apart(graph: &Graph<'_>, opset: u64, changes: &mut Changes) {
     for (at, node) in graph.nodes.iter().enumerate() {
@@ -34,7 +31,7 @@ fn parts(softmax: &Node<'_>, opset: u64) -> Option<Vec<u8>> {
     let [axes, highest, less, power, sum] =
         ["axes", "max", "less", "exp", "sum"].map(|part| beside(output, part.as_bytes()));
     let mut graph = Vec::new();
-    put(&mut graph, GRAPH_INITIALIZER, &axes_tensor(&axes));
+    put(&mut graph, GRAPH_INITIALIZER, &ints_tensor(&axes, &[CHANNELS]));
     if opset >= AXES_AS_INPUT {
         put_node(&mut graph, b"ReduceMax", &[input, &axes], &[&highest], &[]);
     } else {
@@ -57,20 +54,10 @@ fn axes_attribute() -> Vec<u8> {
     attribute
 }
 
-/// The same as a `TensorProto` of one int64.
-fn axes_tensor(name: &[u8]) -> Vec<u8> {
-    const INT64: u64 = 7;
-    let mut tensor = Vec::new();
-    number(&mut tensor, TENSOR_DIMS, 1);
-    number(&mut tensor, TENSOR_TYPE, INT64);
-    put(&mut tensor, TENSOR_NAME, name);
-    put(&mut tensor, TENSOR_RAW, &CHANNELS.to_le_bytes());
-    tensor
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{int_attribute, model, operators};
+    use super::super::int_attribute;
+    use super::super::tests::{model, operators};
     use super::*;
 
     fn model_over(axis: u64, opset: u64) -> Vec<u8> {

@@ -8,7 +8,7 @@
 //! turns into planes and 18 back out of the graph, and a twentieth off the run; the numbers that come
 //! out are the same to the bit.
 
-use super::{Attribute, Changes, Graph, Node, beside, put_node};
+use super::{Changes, Graph, Node, beside, put_node};
 
 pub(super) fn before_convolutions(graph: &Graph<'_>, changes: &mut Changes) {
     if graph.is_nested {
@@ -23,11 +23,7 @@ pub(super) fn before_convolutions(graph: &Graph<'_>, changes: &mut Changes) {
 
 /// What stands before a Split, and is read by nothing else: a convolution and the SiLU of it.
 struct Before<'a> {
-    /// Of the convolution.
-    input: &'a [u8],
-    /// The filters, and their bias if they have one.
-    weights: &'a [&'a [u8]],
-    attributes: &'a [Attribute<'a>],
+    convolution: &'a Node<'a>,
     /// Of the convolution, the sigmoid of it and their product.
     numbers: [usize; 3],
 }
@@ -48,43 +44,26 @@ impl<'a> Before<'a> {
         let is_silu = sigmoid.inputs == [found];
         let alone = [values, sigmoid.outputs[0]].iter().all(|value| graph.reads(value) == 1)
             && graph.reads(found) == 2;
-        let named = !split.outputs.is_empty()
-            && split.outputs.iter().chain(&convolution.inputs).all(|name| !name.is_empty());
-        let ungrouped = convolution.int(b"group").is_none_or(|groups| groups == 1);
+        let named = !split.outputs.is_empty() && split.outputs.iter().all(|name| !name.is_empty());
         // Or the filters would be split anew for each frame.
-        let (&input, weights) = convolution.inputs.split_first()?;
-        let settled = [*weights.first()?].iter().chain(sizes).all(|v| graph.constants.contains(v));
-        (is_silu && alone && named && ungrouped && settled).then_some(Self {
-            input,
-            weights,
-            attributes: &convolution.attributes,
-            numbers: [convolution_at, sigmoid_at, product_at],
-        })
+        let settled = convolution.inputs.get(1).into_iter().chain(sizes);
+        let settled = settled.copied().all(|value| graph.is_constant(value));
+        (convolution.is_divisible() && is_silu && alone && named && settled)
+            .then_some(Self { convolution, numbers: [convolution_at, sigmoid_at, product_at] })
     }
 
     /// A convolution and SiLU for each output of the split.
     fn shares(&self, split: &Node<'_>) -> Vec<u8> {
         let mut graph = Vec::new();
         // Over the filters, which is the axis by default; else as the channels were.
-        let attributes: Vec<_> =
-            split.attributes.iter().filter(|a| a.name != b"axis").map(|a| a.bytes).collect();
-        for weight in self.weights {
-            let inputs: Vec<_> =
-                [*weight].into_iter().chain(split.inputs[1..].iter().copied()).collect();
-            let shares: Vec<_> =
-                split.outputs.iter().map(|output| beside(output, weight)).collect();
-            let shares: Vec<_> = shares.iter().map(Vec::as_slice).collect();
-            put_node(&mut graph, b"Split", &inputs, &shares, &attributes);
-        }
-        let attributes: Vec<_> = self.attributes.iter().map(|a| a.bytes).collect();
-        for output in &split.outputs {
-            let shares: Vec<_> = self.weights.iter().map(|weight| beside(output, weight)).collect();
-            let inputs: Vec<_> =
-                [self.input].into_iter().chain(shares.iter().map(Vec::as_slice)).collect();
-            let (found, gate) = (beside(output, b"conv"), beside(output, b"sigmoid"));
-            put_node(&mut graph, b"Conv", &inputs, &[&found], &attributes);
-            put_node(&mut graph, b"Sigmoid", &[&found], &[&gate], &[]);
-            put_node(&mut graph, b"Mul", &[&found, &gate], &[output], &[]);
+        let attributes = split.attributes.iter().filter(|a| a.name != b"axis").map(|a| a.bytes);
+        let attributes: Vec<_> = attributes.collect();
+        let shares: Vec<_> = split.outputs.iter().map(|output| beside(output, b"conv")).collect();
+        self.convolution.divide(&mut graph, &shares, &split.inputs[1..], &attributes);
+        for (share, output) in shares.iter().zip(&split.outputs) {
+            let gate = beside(output, b"sigmoid");
+            put_node(&mut graph, b"Sigmoid", &[share], &[&gate], &[]);
+            put_node(&mut graph, b"Mul", &[share, &gate], &[output], &[]);
         }
         graph
     }
@@ -93,8 +72,8 @@ impl<'a> Before<'a> {
 #[cfg(test)]
 mod tests {
     use super::super::super::wire::put;
-    use super::super::tests::{int_attribute, model, operators};
-    use super::super::{GRAPH_INITIALIZER, GRAPH_OUTPUT, TENSOR_NAME, VALUE_NAME};
+    use super::super::tests::{model, operators};
+    use super::super::{GRAPH_INITIALIZER, GRAPH_OUTPUT, TENSOR_NAME, VALUE_NAME, int_attribute};
 
     /// What may stand in the way.
     #[derive(Debug, Clone, Copy, PartialEq)]
@@ -144,8 +123,9 @@ mod tests {
     #[test]
     fn only_a_convolution_that_the_split_alone_reads_is_split_itself() {
         use Case::*;
-        let share = ["Conv", "Sigmoid", "Mul"];
-        let wanted = [&["Identity", "Split", "Split"][..], &share, &share, &["Concat"]].concat();
+        let silu = ["Sigmoid", "Mul"];
+        let wanted = ["Identity", "Split", "Split", "Conv", "Conv"];
+        let wanted = [&wanted[..], &silu, &silu, &["Concat"]].concat();
         assert_eq!(operators(&split_model(Plain)).expect("it is changed"), wanted);
         let others = [Groups, OtherAxis, OtherGate, ComputedWeights, NoBias, OutputBefore, Reader];
         for case in others {
