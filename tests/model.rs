@@ -149,37 +149,50 @@ fn a_softmax_over_the_channels_is_the_same_as_one_over_the_last_axis() {
     }
 }
 
-/// A model of 64x64 with a C2f's beginning: a convolution of 48 channels, SiLU and a Split into 16
-/// and 32; `apart`: with something between the last two.
-fn c2f(opset: u64, apart: bool) -> Vec<u8> {
-    let mut g = Graph::default();
-    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
-    let weights =
-        |n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect() };
-    g.floats("filters", &[48, 3, 8, 8], &weights(48 * 3 * 64));
-    g.floats("bias", &[48], &weights(48));
-    g.floats("more filters", &[32, 16, 1, 1], &weights(32 * 16));
+fn weights(count: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect()
+}
+
+/// A model whose output is made of the last value, `[1, channels, 8, 8]`.
+fn read_out(mut g: Graph, last: &str, channels: usize, opset: u64) -> Vec<u8> {
+    g.ints("flat", &[3], &[1, channels as i64, 64]);
     g.floats("pixels", &[64, 84], &weights(64 * 84));
-    g.floats("rows", &[5, 32], &weights(5 * 32));
-    g.ints("sizes", &[2], &[16, 32]);
-    g.ints("flat", &[3], &[1, 32, 64]);
-    let stride = ("strides", Attr::Ints(vec![8, 8]));
-    let found = g.node("Conv", &["images", "filters", "bias"], &[stride]);
-    let gate = g.node("Sigmoid", &[&found], &[]);
-    let mut both = g.node("Mul", &[&found, &gate], &[]);
-    if apart {
-        both = g.node("Identity", &[&both], &[]);
-    }
-    g.node_to("Split", &[&both, "sizes"], "few\0many", &[("axis", Attr::Int(1))]);
-    let few = g.node("Conv", &["few", "more filters"], &[]);
-    let sum = g.node("Add", &[&few, "many"], &[]);
-    let flat = g.node("Reshape", &[&sum, "flat"], &[]);
+    g.floats("rows", &[5, channels], &weights(5 * channels));
+    let flat = g.node("Reshape", &[last, "flat"], &[]);
     let anchors = g.node("MatMul", &[&flat, "pixels"], &[]);
     let scores = g.node("MatMul", &["rows", &anchors], &[]);
     g.node_to("Identity", &[&scores], "output0", &[]);
     g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
     let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
     factory::model_of_opset(&g, &[names], opset)
+}
+
+/// The input, and a convolution of it to 8x8 with SiLU.
+fn stem(count: usize) -> (Graph, String) {
+    let mut g = Graph::default();
+    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
+    g.floats("filters", &[count, 3, 8, 8], &weights(count * 3 * 64));
+    g.floats("bias", &[count], &weights(count));
+    let stride = ("strides", Attr::Ints(vec![8, 8]));
+    let found = g.node("Conv", &["images", "filters", "bias"], &[stride]);
+    let gate = g.node("Sigmoid", &[&found], &[]);
+    let silu = g.node("Mul", &[&found, &gate], &[]);
+    (g, silu)
+}
+
+/// A model with a C2f's beginning: a convolution of 48 channels, SiLU and a Split into 16 and 32;
+/// `apart`: with something between the last two.
+fn c2f(opset: u64, apart: bool) -> Vec<u8> {
+    let (mut g, mut both) = stem(48);
+    g.floats("more filters", &[32, 16, 1, 1], &weights(32 * 16));
+    g.ints("sizes", &[2], &[16, 32]);
+    if apart {
+        both = g.node("Identity", &[&both], &[]);
+    }
+    g.node_to("Split", &[&both, "sizes"], "few\0many", &[("axis", Attr::Int(1))]);
+    let few = g.node("Conv", &["few", "more filters"], &[]);
+    let sum = g.node("Add", &[&few, "many"], &[]);
+    read_out(g, &sum, 32, opset)
 }
 
 #[test]
@@ -191,28 +204,17 @@ fn filters_that_are_split_find_what_split_channels_would() {
     }
 }
 
-/// A model of 64x64 with a convolution of 80 filters; `apart`: its filters are computed, in a way that
-/// changes nothing.
+/// A model with a convolution of 80 filters of 3x3; `apart`: they are computed, in a way that changes
+/// nothing.
 fn eighty(apart: bool) -> Vec<u8> {
-    let mut g = Graph::default();
-    g.input("images", FLOAT, &[1, 3, 64, 64].map(Size::Fixed));
-    let weights =
-        |n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 40.0).collect() };
-    g.floats("filters", &[80, 3, 8, 8], &weights(80 * 3 * 64));
-    g.floats("bias", &[80], &weights(80));
-    g.floats("pixels", &[64, 84], &weights(64 * 84));
-    g.floats("rows", &[5, 80], &weights(5 * 80));
-    g.ints("flat", &[3], &[1, 80, 64]);
-    let filters = if apart { g.node("Identity", &["filters"], &[]) } else { "filters".to_owned() };
-    let stride = ("strides", Attr::Ints(vec![8, 8]));
-    let found = g.node("Conv", &["images", &filters, "bias"], &[stride]);
-    let flat = g.node("Reshape", &[&found, "flat"], &[]);
-    let anchors = g.node("MatMul", &[&flat, "pixels"], &[]);
-    let scores = g.node("MatMul", &["rows", &anchors], &[]);
-    g.node_to("Identity", &[&scores], "output0", &[]);
-    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
-    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
-    factory::model_of_opset(&g, &[names], 17)
+    let (mut g, input) = stem(16);
+    g.floats("eighty", &[80, 16, 3, 3], &weights(80 * 16 * 9));
+    let filters = if apart { g.node("Identity", &["eighty"], &[]) } else { "eighty".to_owned() };
+    let pads = ("pads", Attr::Ints(vec![1, 1, 1, 1]));
+    let found = g.node("Conv", &[&input, &filters], &[pads]);
+    let gate = g.node("Sigmoid", &[&found], &[]);
+    let silu = g.node("Mul", &[&found, &gate], &[]);
+    read_out(g, &silu, 80, 17)
 }
 
 #[test]

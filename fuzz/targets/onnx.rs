@@ -56,7 +56,7 @@ fn scanned(data: &[u8], found: &Scan) {
     // Bytes behind a model's end are refused, whatever the model.
     assert!(scan(&[data, &[0; 2]].concat()).is_err());
     // What is written anew for the CPU provider has the same inputs and outputs.
-    if let Cow::Owned(anew) = rewrite::for_cpu(data, found) {
+    if let Cow::Owned(anew) = rewrite::for_cpu(data, found, 2) {
         let anew = scan(&anew).expect("still a model");
         assert_eq!((anew.inputs, anew.outputs), (found.inputs.clone(), found.outputs.clone()));
     }

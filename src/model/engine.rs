@@ -272,7 +272,7 @@ fn session(
     // Others compile the graph in their own way; in half precision more steps would round more.
     let own = options.setting.provider == Provider::Cpu && file.contract.input.dtype == Dtype::F32;
     let bytes = match own {
-        true => rewrite::for_cpu(&file.bytes, &file.scan),
+        true => rewrite::for_cpu(&file.bytes, &file.scan, options.setting.threads),
         false => Cow::Borrowed(&file.bytes[..]),
     };
     let session = builder.commit_from_memory(&bytes);

@@ -1,28 +1,31 @@
 //! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
 //!
-//! Exporters write what a network's Python said; here are the places where that costs the provider a
-//! detour ([`softmax`], [`split`], [`filters`]). Only copies of bytes that [`scan`](super::onnx::scan) has let
-//! through come here, when a session is built: the file and its digest are untouched. What this can't
-//! read is left as it is: ONNX Runtime judges it.
+//! Exporters write what a network's Python said; here are the places where that costs the provider
+//! a detour ([`softmax`], [`split`], [`filters`]). A copy of the bytes is changed, when a session is
+//! built, and only of bytes that [`scan`](super::onnx::scan) has let through: the file and its digest
+//! are untouched. What this can't read is left as it is: ONNX Runtime judges it.
 
 mod filters;
 mod softmax;
 mod split;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::onnx::Scan;
 use super::wire::{Message, WireError, number, put, varints};
 
 /// Below it, operators mean other things.
 const OPSET_MIN: u64 = 13;
+/// Longest name in a graph that is changed: names that are made of two stay within the scan's limit.
+const NAME_BYTES_MAX: usize = 1024;
 
 /// Fields of `ModelProto`, `GraphProto`, `NodeProto`, `AttributeProto`, `TensorProto` and
 /// `ValueInfoProto`.
 const MODEL_GRAPH: u32 = 7;
 const GRAPH_NODE: u32 = 1;
 const GRAPH_INITIALIZER: u32 = 5;
+const GRAPH_INPUT: u32 = 11;
 const GRAPH_OUTPUT: u32 = 12;
 const NODE_INPUT: u32 = 1;
 const NODE_OUTPUT: u32 = 2;
@@ -44,21 +47,23 @@ const VALUE_NAME: u32 = 1;
 /// What stands in a node's place, by its number: fields of the graph; none if it is gone.
 type Changes = BTreeMap<usize, Vec<u8>>;
 
-/// A copy of a model in f32 for the CPU provider; the model itself where there is nothing to change.
-pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan) -> Cow<'a, [u8]> {
+/// A copy of a model in f32 for the CPU provider with so many threads; the model itself where there is
+/// nothing to change.
+pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan, threads: usize) -> Cow<'a, [u8]> {
     let own = scan.opsets.iter().find(|(domain, _)| is_own(domain.as_bytes()));
     match own {
         Some((_, opset)) if *opset >= OPSET_MIN => {
-            rewrite(model, *opset).ok().flatten().map_or(Cow::Borrowed(model), Cow::Owned)
+            rewrite(model, *opset, threads).ok().flatten().map_or(Cow::Borrowed(model), Cow::Owned)
         }
         _ => Cow::Borrowed(model),
     }
 }
 
-fn rewrite(model: &[u8], opset: u64) -> Result<Option<Vec<u8>>, WireError> {
+fn rewrite(model: &[u8], opset: u64, threads: usize) -> Result<Option<Vec<u8>>, WireError> {
     let Some(graph) = field(model, MODEL_GRAPH)? else { return Ok(None) };
-    let changes = changes(&Graph::read(graph)?, opset);
-    if changes.is_empty() {
+    let before = Graph::read(graph)?;
+    let changes = changes(&before, opset, threads);
+    if changes.is_empty() || before.is_half || before.longest > NAME_BYTES_MAX {
         return Ok(None);
     }
     let (mut nodes, mut changed) = (0.., Vec::with_capacity(graph.len() + 1024));
@@ -69,6 +74,9 @@ fn rewrite(model: &[u8], opset: u64) -> Result<Option<Vec<u8>>, WireError> {
             true
         })
     })?;
+    if Graph::read(&changed)?.clashes > before.clashes {
+        return Ok(None);
+    }
     let mut out = Vec::with_capacity(model.len() + 1024);
     copy(model, &mut out, |number, out| {
         let is_graph = number == MODEL_GRAPH;
@@ -80,16 +88,18 @@ fn rewrite(model: &[u8], opset: u64) -> Result<Option<Vec<u8>>, WireError> {
     Ok(Some(out))
 }
 
-fn changes(graph: &Graph<'_>, opset: u64) -> Changes {
+fn changes(graph: &Graph<'_>, opset: u64, threads: usize) -> Changes {
     let mut changes = Changes::new();
     softmax::take_apart(graph, opset, &mut changes);
     split::before_convolutions(graph, &mut changes);
-    filters::even_out(graph, &mut changes);
+    if filters::are_dealt_out(threads) {
+        filters::set_apart(graph, &mut changes);
+    }
     changes
 }
 
-/// Copies a message field by field. `replace` gets a field's number, and returns whether it has
-/// written something in its place.
+/// Copies a message field by field. `replace` gets a field's number, and returns whether the field is
+/// dealt with: left out, or written in another way.
 fn copy(
     message: &[u8],
     out: &mut Vec<u8>,
@@ -127,7 +137,7 @@ fn field(message: &[u8], number: u32) -> Result<Option<&[u8]>, WireError> {
 #[derive(Default)]
 struct Graph<'a> {
     nodes: Vec<Node<'a>>,
-    /// Weights and the like, with their dimensions.
+    /// Weights and the like that nobody else may give, with their dimensions.
     initializers: HashMap<&'a [u8], Vec<u64>>,
     /// By value the number of the node that it comes out of.
     makers: HashMap<&'a [u8], usize>,
@@ -135,31 +145,48 @@ struct Graph<'a> {
     reads: HashMap<&'a [u8], usize>,
     /// There are graphs within this one, which read its values without a word.
     is_nested: bool,
+    /// Some of it is computed in half precision, where more steps would round more.
+    is_half: bool,
+    /// How many values have a name that another one has.
+    clashes: usize,
+    /// Length of the longest of their names.
+    longest: usize,
 }
 
 impl<'a> Graph<'a> {
     fn read(graph: &'a [u8]) -> Result<Self, WireError> {
         let mut this = Self::default();
+        let (mut inputs, mut names) = (Vec::new(), Vec::new());
         for one in Message::new(graph) {
             let one = one?;
             match one.number {
                 GRAPH_NODE => this.node(Node::read(one.bytes()?)?),
-                GRAPH_INITIALIZER => this.initializer(one.bytes()?)?,
+                GRAPH_INITIALIZER => names.push(this.initializer(one.bytes()?)?),
+                GRAPH_INPUT => inputs.extend(field(one.bytes()?, VALUE_NAME)?),
                 GRAPH_OUTPUT => field(one.bytes()?, VALUE_NAME)?.into_iter().for_each(|name| {
                     *this.reads.entry(name).or_default() += 1;
                 }),
                 _ => {}
             }
         }
+        let outputs = this.nodes.iter().flat_map(|node| &node.outputs);
+        names.extend(outputs.chain(&inputs).filter(|name| !name.is_empty()));
+        this.longest = names.iter().map(|name| name.len()).max().unwrap_or(0);
+        this.clashes = names.len() - names.iter().collect::<HashSet<_>>().len();
+        inputs.iter().for_each(|name| {
+            this.initializers.remove(name);
+        });
         Ok(this)
     }
 
-    fn initializer(&mut self, tensor: &'a [u8]) -> Result<(), WireError> {
+    fn initializer(&mut self, tensor: &'a [u8]) -> Result<&'a [u8], WireError> {
+        const FLOAT16: u64 = 10;
         let (mut name, mut dims) = (&b""[..], Vec::new());
         for field in Message::new(tensor) {
             let field = field?;
             match field.number {
                 TENSOR_NAME => name = field.bytes()?,
+                TENSOR_TYPE => self.is_half |= field.varint()? == FLOAT16,
                 TENSOR_DIMS => match field.bytes() {
                     Ok(packed) => dims.extend(varints(packed).collect::<Result<Vec<_>, _>>()?),
                     Err(_) => dims.push(field.varint()?),
@@ -168,7 +195,7 @@ impl<'a> Graph<'a> {
             }
         }
         self.initializers.insert(name, dims);
-        Ok(())
+        Ok(name)
     }
 
     fn node(&mut self, node: Node<'a>) {
@@ -230,27 +257,26 @@ impl<'a> Node<'a> {
         self.attributes.iter().find(|a| a.name == name)?.int
     }
 
-    /// Whether it is a convolution whose filters don't know of each other, with their weights.
+    /// Whether it is a convolution whose filters all read all channels; a bias it may have.
     fn is_divisible(&self) -> bool {
         let ungrouped = self.int(b"group").is_none_or(|groups| groups == 1);
         let named = self.inputs.iter().all(|name| !name.is_empty());
-        self.op == b"Conv" && ungrouped && named && self.inputs.len() >= 2
+        self.op == b"Conv" && ungrouped && named && (2..=3).contains(&self.inputs.len())
     }
 
-    /// Puts convolutions of a share of its filters each in its place. `sizes` and `attributes` are the
-    /// other inputs and the attributes of the Split that deals the weights out.
+    /// Puts two convolutions, of a share of its filters each, in its place. `sizes` and `attributes` are
+    /// the other inputs and the attributes of the Split that deals filters and bias out.
     fn divide(
         &self,
         graph: &mut Vec<u8>,
-        shares: &[Vec<u8>],
+        shares: &[Vec<u8>; 2],
         sizes: &[&[u8]],
         attributes: &[&[u8]],
     ) {
         let (input, weights) = (&self.inputs[..1], &self.inputs[1..]);
         for weight in weights {
-            let own: Vec<_> = shares.iter().map(|share| beside(share, weight)).collect();
-            let own: Vec<_> = own.iter().map(Vec::as_slice).collect();
-            put_node(graph, b"Split", &[&[*weight], sizes].concat(), &own, attributes);
+            let [one, other] = shares.each_ref().map(|share| beside(share, weight));
+            put_node(graph, b"Split", &[&[*weight], sizes].concat(), &[&one, &other], attributes);
         }
         let attributes: Vec<_> = self.attributes.iter().map(|a| a.bytes).collect();
         for share in shares {
@@ -345,9 +371,42 @@ mod tests {
         model
     }
 
+    fn softmax(output: &[u8], more: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut graph = Vec::new();
+        let axis = int_attribute(b"axis", 1);
+        put_node(&mut graph, b"Softmax", &[b"images"], &[output], &[&axis]);
+        more(&mut graph);
+        model(&graph, 17)
+    }
+
+    #[test]
+    fn a_graph_with_names_that_would_clash_is_left_alone() {
+        assert!(operators(&softmax(b"y", |_| ())).is_some());
+        let taken = |graph: &mut Vec<u8>| put_node(graph, b"Relu", &[b"y"], &[b"y:max"], &[]);
+        assert_eq!(operators(&softmax(b"y", taken)), None, "another value");
+        let taken =
+            |graph: &mut Vec<u8>| put(graph, GRAPH_INITIALIZER, &ints_tensor(b"y:axes", &[3]));
+        assert_eq!(operators(&softmax(b"y", taken)), None, "an initializer");
+        let long = [b'y'; NAME_BYTES_MAX + 1];
+        assert_eq!(operators(&softmax(&long, |_| ())), None, "longer than anybody's");
+    }
+
+    #[test]
+    fn a_graph_that_is_half_in_half_precision_is_left_alone() {
+        let half = |graph: &mut Vec<u8>| {
+            let mut tensor = Vec::new();
+            number(&mut tensor, TENSOR_TYPE, 10);
+            put(&mut tensor, TENSOR_NAME, b"w");
+            put(graph, GRAPH_INITIALIZER, &tensor);
+        };
+        assert_eq!(operators(&softmax(b"y", half)), None);
+    }
+
     /// The operators of what becomes of a model, in order; `None` if it is left alone.
     pub(super) fn operators(model: &[u8]) -> Option<Vec<String>> {
-        let Cow::Owned(after) = for_cpu(model, &scan(model).expect("a model")) else { return None };
+        let Cow::Owned(after) = for_cpu(model, &scan(model).expect("a model"), 2) else {
+            return None;
+        };
         scan(&after).expect("still a model");
         let graph = field(&after, MODEL_GRAPH).expect("fields").expect("a graph");
         let nodes = Graph::read(graph).expect("a graph").nodes;

@@ -1,12 +1,12 @@
 //! A convolution whose channels are split afterwards, made one of each share's filters.
 //!
-//! The provider's convolutions work on blocks of channels, and so do sums and concatenations between
-//! them; a Split does not. It turns the tensor back into planes, and all that comes of it up to the
-//! next convolution is done in planes too. Each C2f of YOLOv8 and its successors begins with one,
-//! behind the activation. The channels of a convolution don't know of each other, so the filters can be
-//! split as well, which is done once, when the session is built. For YOLOv8n of 640x640 that takes 18
-//! turns into planes and 18 back out of the graph, and a twentieth off the run; the numbers that come
-//! out are the same to the bit.
+//! The provider's convolutions work on blocks of channels, and so do sums and concatenations
+//! between them; a Split does not. It turns the tensor back into planes, and all that comes of it up
+//! to the next convolution is done in planes too. Each C2f of YOLOv8 and its successors begins with
+//! one, behind the activation. The channels of a convolution don't know of each other, so the filters
+//! can be split as well, which is done once, when the session is built. For YOLOv8n of 640x640 that
+//! takes 18 turns into planes and 18 back out of the graph, and 4 % off the run; the numbers that
+//! come out are the same to the bit.
 
 use super::{Changes, Graph, Node, beside, put_node};
 
@@ -44,11 +44,16 @@ impl<'a> Before<'a> {
         let is_silu = sigmoid.inputs == [found];
         let alone = [values, sigmoid.outputs[0]].iter().all(|value| graph.reads(value) == 1)
             && graph.reads(found) == 2;
-        let named = !split.outputs.is_empty() && split.outputs.iter().all(|name| !name.is_empty());
+        let named = split.outputs.iter().all(|name| !name.is_empty());
         // Or the filters would be split anew for each frame.
         let settled = convolution.inputs.get(1).into_iter().chain(sizes);
         let settled = settled.copied().all(|value| graph.is_constant(value));
-        (convolution.is_divisible() && is_silu && alone && named && settled)
+        (split.outputs.len() == 2
+            && convolution.is_divisible()
+            && is_silu
+            && alone
+            && named
+            && settled)
             .then_some(Self { convolution, numbers: [convolution_at, sigmoid_at, product_at] })
     }
 
@@ -58,9 +63,10 @@ impl<'a> Before<'a> {
         // Over the filters, which is the axis by default; else as the channels were.
         let attributes = split.attributes.iter().filter(|a| a.name != b"axis").map(|a| a.bytes);
         let attributes: Vec<_> = attributes.collect();
-        let shares: Vec<_> = split.outputs.iter().map(|output| beside(output, b"conv")).collect();
+        let outputs = [split.outputs[0], split.outputs[1]];
+        let shares = outputs.map(|output| beside(output, b"conv"));
         self.convolution.divide(&mut graph, &shares, &split.inputs[1..], &attributes);
-        for (share, output) in shares.iter().zip(&split.outputs) {
+        for (share, output) in shares.iter().zip(outputs) {
             let gate = beside(output, b"sigmoid");
             put_node(&mut graph, b"Sigmoid", &[share], &[&gate], &[]);
             put_node(&mut graph, b"Mul", &[share, &gate], &[output], &[]);
@@ -84,6 +90,7 @@ mod tests {
         OtherGate,
         ComputedWeights,
         NoBias,
+        Three,
         OutputBefore,
         Reader,
     }
@@ -114,7 +121,9 @@ mod tests {
         let gated = when(Case::OtherGate, b"images", b"x");
         super::put_node(&mut graph, b"Sigmoid", &[gated], &[b"s"], &[]);
         super::put_node(&mut graph, b"Mul", &[b"s", b"x"], &[b"y"], &[]);
-        super::put_node(&mut graph, b"Split", &[b"y", b"sizes"], &[b"l", b"r"], &[&axis]);
+        let shares: &[&[u8]] =
+            if case == Case::Three { &[b"l", b"r", b"more"] } else { &[b"l", b"r"] };
+        super::put_node(&mut graph, b"Split", &[b"y", b"sizes"], shares, &[&axis]);
         let right = when(Case::Reader, b"y", b"r");
         super::put_node(&mut graph, b"Concat", &[b"l", right], &[b"output0"], &[]);
         model(&graph, 18)
@@ -127,7 +136,8 @@ mod tests {
         let wanted = ["Identity", "Split", "Split", "Conv", "Conv"];
         let wanted = [&wanted[..], &silu, &silu, &["Concat"]].concat();
         assert_eq!(operators(&split_model(Plain)).expect("it is changed"), wanted);
-        let others = [Groups, OtherAxis, OtherGate, ComputedWeights, NoBias, OutputBefore, Reader];
+        let others =
+            [Groups, OtherAxis, OtherGate, ComputedWeights, NoBias, Three, OutputBefore, Reader];
         for case in others {
             assert_eq!(operators(&split_model(case)), None, "{case:?}");
         }

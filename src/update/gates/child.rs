@@ -232,11 +232,11 @@ impl<'a> Proof<'a> {
             })
         };
         let began = Instant::now();
-        let mut looked = look(self, &synthetic);
+        let looked = look(self, &synthetic);
         self.phase("examine", began);
         let real = if looked.is_ok() { self.real(folder)? } else { Vec::new() };
         let began = Instant::now();
-        looked = looked.and_then(|()| look(self, &real));
+        let looked = looked.and_then(|()| look(self, &real));
         let layout = bench.model.contract().layout;
         let looked = looked.and_then(|()| watch.end(layout, !real.is_empty()));
         self.phase("examine", began);

@@ -14,16 +14,16 @@ use super::wire::Who;
 use super::{failed, gate};
 use crate::records::rounded;
 
-/// Quartets (one model, twice the other, the one again) after which it may be clear already: 16 pairs.
-/// Of a model that is as slow as the limit seven of them would have to be off by [`CLOSE`], all in
-/// the same direction.
+/// Quartets (one model, twice the other, the one again) after which it may be clear already: 16
+/// pairs. Of a model that is as slow as the limit seven of the eight would have to be off by
+/// [`CLOSE`], all in the same direction.
 const QUARTETS_MIN: usize = 8;
-/// Those of a round where it is not: 30 pairs. The first, with everything cold, is but one of those
-/// whose median is taken.
+/// Those where it is not: 30 pairs. The first quartet, with everything cold, is but one of those whose
+/// median is taken.
 const QUARTETS: usize = 15;
-/// Rounds at most: on a busy box the ratio of so many pairs is off by a quarter now and then, so as
-/// long as it is within that of the limit, more are measured.
-const ROUNDS_MAX: usize = 4;
+/// Those at most: on a busy box the ratio of 30 pairs is off by a quarter now and then, so as long as
+/// it is within that of the limit, more are measured.
+const QUARTETS_MAX: usize = 4 * QUARTETS;
 const CLOSE: f64 = 1.3;
 
 /// One frame.
@@ -77,18 +77,18 @@ impl Stopwatch {
         if self.is_clear(rules) {
             return false;
         }
-        let is_close =
-            limits(rules).any(|limit| (1.0 / CLOSE..CLOSE).contains(&(self.ratio() / limit)));
-        !quartets.is_multiple_of(QUARTETS) || (quartets < QUARTETS * ROUNDS_MAX && is_close)
+        let is_close = (1.0 / CLOSE..CLOSE).contains(&(self.ratio() / limit(rules)));
+        quartets < QUARTETS || (quartets < QUARTETS_MAX && is_close)
     }
 
-    /// All quartets but one at most are beyond each limit, or all within, and far from it.
+    /// All quartets but one at most are within the limit, or all beyond it, and far from it.
     fn is_clear(&self, rules: &Latency) -> bool {
-        limits(rules).all(|limit| {
-            let beyond = self.ratios().filter(|ratio| *ratio > CLOSE * limit).count();
-            let within = self.ratios().filter(|ratio| CLOSE * ratio < limit).count();
-            beyond.max(within) + 1 >= self.candidate.cpu_ms.len()
-        })
+        let limit = limit(rules);
+        let within = self.ratios().filter(|ratio| CLOSE * ratio < limit).count();
+        let beyond = self.ratios().filter(|ratio| *ratio > CLOSE * limit).count();
+        // A budget is held against the medians of as many runs as there can be.
+        let clear = if rules.budget_ms.is_some() { within } else { within.max(beyond) };
+        clear + 1 >= self.candidate.cpu_ms.len()
     }
 
     fn ratios(&self) -> impl Iterator<Item = f64> {
@@ -147,10 +147,9 @@ impl Stopwatch {
     }
 }
 
-/// Ratios on which the judgement turns.
-fn limits(rules: &Latency) -> impl Iterator<Item = f64> {
-    let accepted = rules.accept_slower.filter(|accepted| *accepted > rules.ratio_max);
-    [rules.ratio_max].into_iter().chain(accepted)
+/// The greatest ratio that is allowed.
+fn limit(rules: &Latency) -> f64 {
+    rules.accept_slower.map_or(rules.ratio_max, |accepted| accepted.max(rules.ratio_max))
 }
 
 impl Times {
@@ -172,7 +171,7 @@ fn refusal(rules: &Latency, ratio: f64, times: &str, per_camera: f64) -> String 
         n => format!("each of {n} cameras"),
     };
     let accept = (ratio * 10.0).ceil() / 10.0;
-    let limit = rules.accept_slower.map_or(rules.ratio_max, |a| a.max(rules.ratio_max));
+    let limit = limit(rules);
     format!(
         "is {ratio:.2} times slower than the active model, {limit} is allowed ({times}); \
          {per_camera:.1} frames/s at most would be left for {cameras}. To allow it: \
@@ -219,8 +218,24 @@ mod tests {
         assert_eq!(pairs(&RULES, &[1.4]), 120, "close");
         let rules = Latency { accept_slower: Some(3.0), ..RULES };
         assert_eq!(pairs(&rules, &[2.8]), 120, "close to what is accepted");
-        assert_eq!(pairs(&rules, &[2.1]), 16, "between the two");
+        assert_eq!(pairs(&rules, &[1.5]), 16, "far below what is accepted");
         assert_eq!(pairs(&Latency { accept_slower: Some(1.1), ..RULES }, &[1.1]), 16);
+        let rules = Latency { budget_ms: Some(5.0), ..RULES };
+        assert_eq!(pairs(&rules, &[3.0]), 30, "far above, but there is a budget");
+        assert_eq!(pairs(&rules, &[1.0]), 16, "far below, with a budget");
+    }
+
+    #[test]
+    fn quartets_that_nobody_asked_for_begin_no_round() {
+        let mut watch = Stopwatch::default();
+        for n in 0..16 {
+            quartet(&mut watch, if n % 5 == 0 { 1.3 } else { 1.0 }, 1.0);
+        }
+        assert!(!watch.is_clear(&RULES) && !watch.wants_more(&RULES));
+        for _ in 16..=QUARTETS_MAX {
+            quartet(&mut watch, 1.4, 1.0);
+        }
+        assert!(!watch.wants_more(&RULES), "the most is the most");
     }
 
     #[test]
