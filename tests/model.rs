@@ -99,6 +99,14 @@ fn every_layout_finds_the_blob_where_it_is() {
     }
 }
 
+/// A model of one class with these scores as its output, `[1, 5, 84]`.
+fn detector(mut g: Graph, scores: &str, opset: u64) -> Vec<u8> {
+    g.node_to("Identity", &[scores], "output0", &[]);
+    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
+    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
+    factory::model_of_opset(&g, &[names], opset)
+}
+
 /// A model of 64x64 whose output is a Softmax over its five rows: as it is exported, or with the rows
 /// turned into the last axis and back.
 fn softmax(opset: u64, turned: bool) -> Vec<u8> {
@@ -120,10 +128,7 @@ fn softmax(opset: u64, turned: bool) -> Vec<u8> {
     } else {
         g.node("Softmax", &[&logits], &[("axis", Attr::Int(1))])
     };
-    g.node_to("Identity", &[&scores], "output0", &[]);
-    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
-    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
-    factory::model_of_opset(&g, &[names], opset)
+    detector(g, &scores, opset)
 }
 
 /// The output for a scene.
@@ -161,10 +166,7 @@ fn read_out(mut g: Graph, last: &str, channels: usize, opset: u64) -> Vec<u8> {
     let flat = g.node("Reshape", &[last, "flat"], &[]);
     let anchors = g.node("MatMul", &[&flat, "pixels"], &[]);
     let scores = g.node("MatMul", &["rows", &anchors], &[]);
-    g.node_to("Identity", &[&scores], "output0", &[]);
-    g.output("output0", FLOAT, &[1, 5, 84].map(Size::Fixed));
-    let names = ("names".to_owned(), "{0: 'thing'}".to_owned());
-    factory::model_of_opset(&g, &[names], opset)
+    detector(g, &scores, opset)
 }
 
 /// The input, and a convolution of it to 8x8 with SiLU.

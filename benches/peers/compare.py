@@ -147,10 +147,8 @@ def measure(args, clip):
         if name not in found:
             fail(f"--only {name}: there are {', '.join(found)}")
     found = {name: run for name, run in found.items() if name in (args.only or found)}
-    for name, modules in WANTED.items():
-        if name not in found:
-            continue
-        gone = [m for m in modules if importlib.util.find_spec(m) is None]
+    for name in found:
+        gone = [m for m in WANTED.get(name, []) if importlib.util.find_spec(m) is None]
         if gone:
             missing[name] = f"this Python has no {', '.join(gone)} (PYTHON=… make bench)"
     for number in range(args.rounds):

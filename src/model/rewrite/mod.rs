@@ -62,8 +62,11 @@ pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan, threads: usize) -> Cow<'a, [u8]
 fn rewrite(model: &[u8], opset: u64, threads: usize) -> Result<Option<Vec<u8>>, WireError> {
     let Some(graph) = field(model, MODEL_GRAPH)? else { return Ok(None) };
     let before = Graph::read(graph)?;
+    if before.is_half || before.longest > NAME_BYTES_MAX {
+        return Ok(None);
+    }
     let changes = changes(&before, opset, threads);
-    if changes.is_empty() || before.is_half || before.longest > NAME_BYTES_MAX {
+    if changes.is_empty() {
         return Ok(None);
     }
     let (mut nodes, mut changed) = (0.., Vec::with_capacity(graph.len() + 1024));
