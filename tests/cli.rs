@@ -179,11 +179,15 @@ fn a_reader_that_leaves_is_no_failure() {
 fn without_onnx_runtime_status_says_so() {
     let missing = "[inference]\nlibrary = \"/nowhere/libonnxruntime.so\"\n";
     let text = config("embedded = true", &[("gate", "test://", "")], missing);
-    let mut service = Service::start(&text);
+    let dir = tempfile::tempdir().unwrap();
+    // Nothing else makes this folder before the control socket needs it.
+    let run = dir.path().join("run").to_str().unwrap().to_owned();
+    let mut service = Service::start_in(dir, &text, &[("RUNTIME_DIRECTORY", &run)]);
     service.says("camera gate: streaming", 20);
     let file = service.dir.path().join("noblink.toml");
     let ask = |args: &[&str]| {
-        let output = noblink_output(&[args, &["--config", file.to_str().unwrap()]].concat());
+        let args = [args, &["--config", file.to_str().unwrap()]].concat();
+        let output = noblink(&args).env("RUNTIME_DIRECTORY", &run).output().unwrap();
         let said = [output.stdout, output.stderr].map(|bytes| self::text(&bytes)).concat();
         (output.status.code(), said)
     };

@@ -72,7 +72,7 @@ impl IntoResponse for NoRuntime {
     }
 }
 
-/// Binds the socket; the future serves it.
+/// Binds the socket, and makes its folder, if need be; the future serves it.
 ///
 /// # Errors
 /// The path can't be bound.
@@ -84,7 +84,10 @@ pub fn serve(
     ensure!(!lives, "another noblink answers at the control socket {}", path.display());
     // Else it is one that a dead process left behind.
     let _ = std::fs::remove_file(path);
-    let listener = std::os::unix::net::UnixListener::bind(path)
+    let listener = path
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::os::unix::net::UnixListener::bind(path))
         .with_context(|| format!("the control socket {} can't be bound", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     listener.set_nonblocking(true)?;
