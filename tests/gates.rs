@@ -13,6 +13,7 @@ use nix::unistd::{Pid, gettid};
 use noblink::config::{Calibration, Inference, Models};
 use noblink::model::contract::Overrides;
 use noblink::model::file::ModelFile;
+use noblink::update::digest::Digest;
 use noblink::update::event::Stopped;
 use noblink::update::gates::{
     self, Content, End, FrameDump, Limits, Outcome, Request, Rules, Subject, proving,
@@ -344,7 +345,8 @@ fn a_wall_that_is_reached_is_a_time_out_without_quarantine() {
 fn content(bytes: Vec<u8>, active: Option<&[String]>, allow_removed_labels: bool) -> Content {
     let overrides = Overrides::default();
     let rules = Rules { overrides: &overrides, domains: &[], active, allow_removed_labels };
-    gates::content(bytes, "best.onnx", &rules)
+    let digest = Digest::of(&bytes);
+    gates::content(bytes, &digest, "best.onnx", &rules)
 }
 
 #[test]

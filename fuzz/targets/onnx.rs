@@ -7,6 +7,7 @@ use noblink::model::file::Identity;
 use noblink::model::layout::Layout;
 use noblink::model::onnx::{Dim, Scan, scan};
 use noblink::model::{foreign, labels, rewrite};
+use noblink::update::digest::Digest;
 use noblink::update::gates::{Content, Rules, content};
 use noblink::update::manifest::is_id;
 
@@ -74,7 +75,7 @@ fn judged(data: &[u8], overrides: &Overrides) -> Option<Contract> {
     let active = ["person".to_owned()];
     let rules =
         Rules { overrides, domains: &[], active: Some(&active), allow_removed_labels: true };
-    let Content { gates, file } = content(data.to_vec(), "best.onnx", &rules);
+    let Content { gates, file } = content(data.to_vec(), &Digest::of(data), "best.onnx", &rules);
     for gate in &gates {
         sentence(&gate.message);
     }

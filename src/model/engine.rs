@@ -301,6 +301,7 @@ fn configure(
         .with_intra_op_spinning(setting.spinning || briefly)?
         .with_inter_op_spinning(false)?
         .with_thread_manager(runtime.nursery.clone())?
+        .with_env_allocators()?
         .with_log_level(ort::logging::LogLevel::Warning)?;
     if briefly {
         builder = builder.with_config_entry("session.intra_op.spin_duration_us", SPIN_US)?;

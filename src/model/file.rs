@@ -3,12 +3,11 @@
 use std::io::Read;
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use super::contract::{self, Contract, Overrides};
 use super::foreign;
 use super::onnx::{self, FILE_BYTES_MAX, Scan};
 use super::refusal::{Code, Refusal};
+use crate::update::digest::Digest;
 
 /// Longest id, as a level of a topic.
 const ID_CHARS_MAX: usize = 32;
@@ -66,8 +65,23 @@ impl ModelFile {
         overrides: &Overrides,
         domains: &[String],
     ) -> Result<Self, Refusal> {
+        let sha256 = sha256(&bytes);
+        Self::parse_digested(bytes, sha256, name, overrides, domains)
+    }
+
+    /// [`parse`](Self::parse) for bytes whose SHA-256 is known, in lower-case hex.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn parse_digested(
+        bytes: Vec<u8>,
+        sha256: String,
+        name: &str,
+        overrides: &Overrides,
+        domains: &[String],
+    ) -> Result<Self, Refusal> {
         let scan = Self::look(&bytes, name, domains)?;
-        Self::settle(bytes, scan, name, overrides)
+        Self::settle(bytes, sha256, scan, name, overrides)
     }
 
     /// The first half of [`parse`](Self::parse): is it an ONNX file that may be given to ONNX
@@ -85,19 +99,19 @@ impl ModelFile {
         Ok(scan)
     }
 
-    /// The second half: is it a detector that we know how to use? `scan` is of `bytes`.
+    /// The second half: is it a detector that we know how to use? `sha256` and `scan` are of `bytes`.
     ///
     /// # Errors
     /// It is not.
     pub fn settle(
         bytes: Vec<u8>,
+        sha256: String,
         scan: Scan,
         name: &str,
         overrides: &Overrides,
     ) -> Result<Self, Refusal> {
         let named = |r: Refusal| Refusal::new(r.code, format!("{name}: {}", r.message));
         let contract = Contract::derive(&scan, overrides).map_err(named)?;
-        let sha256: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         let identity = identity(&scan, overrides, name, sha256);
         Ok(Self { bytes, scan, contract, identity })
     }
@@ -107,9 +121,12 @@ impl Identity {
     /// What a file is called when nothing but itself says so, be it a detector or not.
     pub fn guess(bytes: &[u8], name: &str) -> Self {
         let scan = onnx::scan(bytes).unwrap_or_default();
-        let sha256 = crate::update::digest::Digest::of(bytes).to_string();
-        identity(&scan, &Overrides::default(), name, sha256)
+        identity(&scan, &Overrides::default(), name, sha256(bytes))
     }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Digest::of(bytes).to_string()
 }
 
 /// Manifest, then metadata, then file name and digest.

@@ -3,13 +3,16 @@
 //! Beside `engine` the only file that names `ort`.
 
 use std::path::{Path, PathBuf};
+use std::ptr;
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 
 use crossbeam_channel::{Sender, bounded};
+use ort::AsPointer;
 use ort::environment::{Environment, ThreadManager};
 use ort::ep::{self, ExecutionProvider};
 use ort::logging::LogLevel;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 
 use crate::affinity;
 use crate::config::{Inference, Provider};
@@ -89,6 +92,7 @@ impl Runtime {
             .with_telemetry(false)
             .build()
             .map_err(|e| unusable(e.to_string()))?;
+        share_memory(&environment).map_err(|e| unusable(e.to_string()))?;
         // Below this the library composes messages for every run only to have them filtered.
         environment.set_log_level(LogLevel::Warning);
         let nursery = Nursery::start().map_err(|e| unusable(format!("no thread: {e}")))?;
@@ -124,6 +128,29 @@ impl Runtime {
     /// Whether threads can be told for how long they may spin; else it is for milliseconds, or not at all.
     pub(super) fn bounds_spinning(&self) -> bool {
         numbers(&self.version)[..] >= BOUNDS_SPINNING[..]
+    }
+}
+
+/// Lets all sessions take the memory of their runs from one arena (`engine` tells them to).
+///
+/// With one of its own a new session has its first two runs fault in every page that they touch: 67
+/// and 65 instead of 52 ms for YOLOv8n of 640x640, just after a swap. And two sessions that are there
+/// at once, of which one runs, hold it twice: 49 MB.
+fn share_memory(environment: &Environment) -> ort::Result<()> {
+    let (device, kind) = (AllocationDevice::CPU, AllocatorType::Arena);
+    let place = MemoryInfo::new(device, 0, kind, MemoryType::Default)?;
+    // As much as is asked for, no power of two: it lives as long as the process.
+    let (key, as_requested) = (c"arena_extend_strategy".as_ptr(), 1);
+    let mut arena = ptr::null_mut();
+    // SAFETY: all pointers are valid for the calls; the environment lives as long as the process, and
+    // keeps no pointer to the configuration, which is released once.
+    unsafe {
+        let status = (ort::api().CreateArenaCfgV2)(&key, &as_requested, 1, &mut arena);
+        ort::Error::result_from_status(status)?;
+        let env = environment.ptr().cast_mut();
+        let status = (ort::api().CreateAndRegisterAllocator)(env, place.ptr(), arena);
+        (ort::api().ReleaseArenaCfg)(arena);
+        ort::Error::result_from_status(status)
     }
 }
 

@@ -150,7 +150,12 @@ pub(crate) fn number(out: &mut Vec<u8>, field: u32, value: u64) {
 
 /// Writes a field that is a string, bytes or a message.
 pub(crate) fn put(out: &mut Vec<u8>, field: u32, value: &[u8]) {
+    put_pieces(out, field, &[value]);
+}
+
+/// Writes such a field of a value in pieces.
+pub(crate) fn put_pieces(out: &mut Vec<u8>, field: u32, value: &[&[u8]]) {
     varint(out, u64::from(field) << 3 | 2);
-    varint(out, value.len() as u64);
-    out.extend_from_slice(value);
+    varint(out, value.iter().map(|piece| piece.len() as u64).sum());
+    value.iter().for_each(|piece| out.extend_from_slice(piece));
 }

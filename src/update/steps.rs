@@ -141,7 +141,8 @@ impl Bench {
     ) -> Result<ModelFile, StepEnd> {
         let bytes = self.store.load(digest)?;
         let domains = &self.options.custom_op_domains;
-        ModelFile::parse(bytes, name, overrides, domains).map_err(|refusal| {
+        let file = ModelFile::parse_digested(bytes, digest.to_string(), name, overrides, domains);
+        file.map_err(|refusal| {
             let code = serde_json::to_value(refusal.code).ok();
             let code = code.and_then(|c| c.as_str().map(str::to_owned)).unwrap_or_default();
             let reason = Reason { code: code.into(), message: refusal.message };
@@ -221,7 +222,7 @@ pub fn verify(
         active: active_labels.as_deref(),
         allow_removed_labels: manifest.as_ref().is_some_and(|m| m.allow_removed_labels),
     };
-    let content = gates::content(bytes, &command.from, &rules);
+    let content = gates::content(bytes, digest, &command.from, &rules);
     let mut gates = vec![identity_gate(digest, size, command)];
     gates.extend(content.gates);
     let file = match content.file {

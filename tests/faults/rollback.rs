@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gst::prelude::*;
+use noblink::update::digest::Digest;
 use noblink::update::failpoint::{DEAF, VARIABLE};
 use serde_json::{Value, json};
 
@@ -272,6 +273,34 @@ fn a_rollback_by_hand_takes_effect_at_the_next_frame() {
     line.push("again", &blobs("2", 0, Fault::None).bytes());
     line.reached("again", "probation");
     line.until_record("records enough", 20, |r| r["frame"]["id"].as_u64() > Some(25));
+    line.stop();
+    line.assert_nothing_lost();
+}
+
+/// A model that is no longer in memory is read from the disk again, and only what was judged runs.
+#[test]
+fn a_rollback_to_a_blob_that_was_damaged_since_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let factory = blobs("1", 0, Fault::None).write(dir.path(), "blobs.onnx");
+    let url = "test://?width=320&height=320&fps=5";
+    let mut line = Line::with(url, "", &factory, "probation_s = 0");
+    line.push("new", &blobs("2", 0, Fault::None).bytes());
+    assert_eq!(line.over("new")["state"], "SUCCEEDED");
+    let digest = Digest::of(&std::fs::read(&factory).unwrap());
+    let blob = line.service.state_dir().join(format!("blobs/sha256-{digest}"));
+    let mut bytes = std::fs::read(&blob).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::remove_file(&blob).unwrap();
+    std::fs::write(&blob, bytes).unwrap();
+    line.command("rollback", &json!({ "id": "back" }));
+    let job = line.over("back");
+    assert_eq!(
+        (&job["state"], &job["reason"]["code"]),
+        (&json!("FAILED"), &json!("blob_corrupt")),
+        "{job}"
+    );
+    line.until_record("goes on", 20, |r| r["frame"]["id"].as_u64() > Some(25));
+    assert_eq!(line.messages("/detections").pop().unwrap()["model"]["version"], "2");
     line.stop();
     line.assert_nothing_lost();
 }

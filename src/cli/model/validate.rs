@@ -121,7 +121,8 @@ fn judge(
         active: known.as_ref().map(|known| &known.contract.labels[..]),
         allow_removed_labels: args.allow_removed_labels,
     };
-    let content = gates::content(bytes, &subject.name, &rules);
+    let digest = Digest::of(&bytes);
+    let content = gates::content(bytes, &digest, &subject.name, &rules);
     judged.gates = content.gates;
     let file = match content.file {
         Ok(file) => file,
@@ -130,7 +131,7 @@ fn judge(
             return Ok(judged);
         }
     };
-    let candidate = Subject { sha256: Some(Digest::of(&file.bytes)), ..subject };
+    let candidate = Subject { sha256: Some(digest), ..subject };
     judged.model = Some(file.identity);
     let active = active.map(|file| Subject::file(file));
     let mut request = Request::of(inference, models, cameras, candidate, active);

@@ -13,7 +13,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::onnx::Scan;
-use super::wire::{Message, WireError, number, put, varints};
+use super::wire::{Message, WireError, number, put, put_pieces, varints};
 
 /// Below it, operators mean other things.
 const OPSET_MIN: u64 = 13;
@@ -69,26 +69,24 @@ fn rewrite(model: &[u8], opset: u64, threads: usize) -> Result<Option<Vec<u8>>, 
     if changes.is_empty() {
         return Ok(None);
     }
-    let (mut nodes, mut changed) = (0.., Vec::with_capacity(graph.len() + 1024));
-    copy(graph, &mut changed, |number, out| {
-        let change = (number == GRAPH_NODE).then(|| changes.get(&nodes.next()?)).flatten();
-        change.is_some_and(|fields| {
-            out.extend_from_slice(fields);
-            true
-        })
-    })?;
-    if Graph::read(&changed)?.clashes > before.clashes {
-        return Ok(None);
-    }
-    let mut out = Vec::with_capacity(model.len() + 1024);
-    copy(model, &mut out, |number, out| {
-        let is_graph = number == MODEL_GRAPH;
-        if is_graph {
-            put(out, MODEL_GRAPH, &changed);
+    let mut nodes = 0..;
+    let mut piece = |(number, bytes)| {
+        let node = (number == GRAPH_NODE).then(|| nodes.next()).flatten();
+        node.and_then(|node| changes.get(&node)).map_or(bytes, Vec::as_slice)
+    };
+    let changed: Vec<_> =
+        raw(graph).map(|field| field.map(&mut piece)).collect::<Result<_, _>>()?;
+    // Written once, into memory for all of it: frames pass while a session is built.
+    let more = changes.values().map(Vec::len).sum::<usize>() + 16;
+    let mut out = Vec::with_capacity(model.len() + more);
+    for one in raw(model) {
+        match one? {
+            (MODEL_GRAPH, _) => put_pieces(&mut out, MODEL_GRAPH, &changed),
+            (_, bytes) => out.extend_from_slice(bytes),
         }
-        is_graph
-    })?;
-    Ok(Some(out))
+    }
+    let after = field(&out, MODEL_GRAPH)?.map(Graph::read).transpose()?;
+    Ok(after.is_some_and(|after| after.clashes <= before.clashes).then_some(out))
 }
 
 fn changes(graph: &Graph<'_>, opset: u64, threads: usize) -> Changes {
@@ -101,23 +99,14 @@ fn changes(graph: &Graph<'_>, opset: u64, threads: usize) -> Changes {
     changes
 }
 
-/// Copies a message field by field. `replace` gets a field's number, and returns whether the field is
-/// dealt with: left out, or written in another way.
-fn copy(
-    message: &[u8],
-    out: &mut Vec<u8>,
-    mut replace: impl FnMut(u32, &mut Vec<u8>) -> bool,
-) -> Result<(), WireError> {
+/// The fields of a message as they stand in it, with their numbers.
+fn raw(message: &[u8]) -> impl Iterator<Item = Result<(u32, &[u8]), WireError>> {
     let mut fields = Message::new(message);
-    let mut from = 0;
-    while let Some(field) = fields.next() {
-        let to = fields.position();
-        if !replace(field?.number, out) {
-            out.extend_from_slice(&message[from..to]);
-        }
-        from = to;
-    }
-    Ok(())
+    std::iter::from_fn(move || {
+        let from = fields.position();
+        let field = fields.next()?;
+        Some(field.map(|field| (field.number, &message[from..fields.position()])))
+    })
 }
 
 /// Whether operators of this domain are ONNX's own.

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::super::digest::Digest;
 use super::super::job::{Gate, Reason, Verdict};
 use super::{failed, gate};
 use crate::model::contract::{Contract, Overrides};
@@ -35,8 +36,8 @@ pub struct Content {
     pub file: Result<ModelFile, Reason>,
 }
 
-/// Judges a file by its bytes; `name` is the one that it came with.
-pub fn examine(bytes: Vec<u8>, name: &str, rules: &Rules<'_>) -> Content {
+/// Judges a file by its bytes, whose digest is known; `name` is the one that it came with.
+pub fn examine(bytes: Vec<u8>, digest: &Digest, name: &str, rules: &Rules<'_>) -> Content {
     let size = bytes.len();
     let scan = match ModelFile::look(&bytes, name, rules.domains) {
         Ok(scan) => scan,
@@ -47,7 +48,8 @@ pub fn examine(bytes: Vec<u8>, name: &str, rules: &Rules<'_>) -> Content {
         }
     };
     let mut gates = vec![structure(&scan, size)];
-    let file = ModelFile::settle(bytes, scan, name, rules.overrides).map_err(reason);
+    let file = ModelFile::settle(bytes, digest.to_string(), scan, name, rules.overrides);
+    let file = file.map_err(reason);
     let file = match file {
         Ok(file) => {
             let (gate, refused) = contract(&file.contract, rules);
