@@ -63,8 +63,9 @@ fn row(setting: Setting, ms: f64, found: &[Found]) -> Row {
 
 fn judged(rows: &[&[Row]]) -> Table {
     let libraries = ["/a/libonnxruntime.so.1.32.0", "/b/libonnxruntime.so.1.24.1"];
-    let measured = libraries.iter().map(PathBuf::from).zip(rows.iter().map(|rows| rows.to_vec()));
-    tune::judge(measured.collect(), 0.25).expect("the reference was measured")
+    let rows = rows.iter().map(|rows| rows.to_vec());
+    let measured: Vec<_> = libraries.iter().map(PathBuf::from).zip(rows).collect();
+    tune::judge(&measured, 0.25).expect("the reference was measured")
 }
 
 #[test]
@@ -137,7 +138,7 @@ fn another_library_must_beat_the_best_of_the_one_that_runs() {
     let out: Vec<_> = table.candidates.iter().map(|c| c.out.as_deref().unwrap_or("")).collect();
     assert_eq!(out, ["", "no such device", "there was no time left for it"]);
     let library = PathBuf::from("/a/libonnxruntime.so");
-    let error = tune::judge(vec![(library, vec![failed])], 0.25).unwrap_err();
+    let error = tune::judge(&[(library, vec![failed])], 0.25).unwrap_err();
     assert_eq!(error, "the reference (openvino, 2 threads) could not be measured: no such device");
 }
 
@@ -242,6 +243,50 @@ fn a_setting_that_ends_the_child_is_left_out() {
     assert_ne!(table.chosen.setting, CPU1);
 }
 
+/// Times of two libraries, measured one after the other, are not held against each other: their best
+/// take turns.
+#[test]
+fn the_best_of_two_libraries_meet_in_a_duel() {
+    use std::os::unix::fs::PermissionsExt;
+    let site = Site::new();
+    let plain = Runtime::load(None).expect("the library").library().to_owned();
+    let copy = site.dir.path().join(plain.file_name().unwrap());
+    std::os::unix::fs::symlink(&plain, &copy).unwrap();
+    let tickets = site.dir.path().join("tickets");
+    std::fs::create_dir(&tickets).unwrap();
+    let script = format!(
+        "#!/bin/sh\ncat > {0}/$$\nexec {1} prove < {0}/$$\n",
+        tickets.display(),
+        program().display()
+    );
+    // Written under another name: a program that is open for writing can't be run.
+    let (draft, scribe) = (site.dir.path().join("draft"), site.dir.path().join("scribe"));
+    std::fs::write(&draft, script).unwrap();
+    std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).unwrap();
+    std::fs::rename(&draft, &scribe).unwrap();
+    // Beside the one that runs, what is installed: the first of that is the other.
+    let mut both = order(&site, &site.active, &copy);
+    both.libraries = Libraries::of(None, &copy);
+    let table = tune::run(&both, &limits(&scribe), &AtomicBool::new(false)).unwrap();
+    let asks = std::fs::read_dir(&tickets).unwrap().map(|ticket| {
+        let ticket = std::fs::read(ticket.unwrap().path()).unwrap();
+        serde_json::from_slice::<Value>(&ticket).unwrap()["task"]["tune"].clone()
+    });
+    let (all, duel): (Vec<_>, Vec<_>) = asks.partition(|ask| ask["duel"].is_null());
+    let of = |asks: &[Value]| {
+        let mut libraries: Vec<_> =
+            asks.iter().map(|ask| PathBuf::from(ask["library"].as_str().unwrap())).collect();
+        libraries.sort_by_key(|library| *library == plain);
+        libraries
+    };
+    assert_eq!((of(&all), of(&duel)), (vec![copy.clone(), plain.clone()], vec![copy, plain]));
+    assert!(table.is_complete());
+    for candidate in &table.candidates {
+        assert_eq!(candidate.out, None, "{candidate:?}");
+        assert!(candidate.wall_ms.unwrap() > 0.0, "{candidate:?}");
+    }
+}
+
 /// Stops the service in good order: every frame of this life was inferred, and told once, or was
 /// dropped for being too many on a machine that others use; none failed.
 fn stop(line: &mut Line) {
@@ -330,7 +375,7 @@ fn the_move_loses_no_frame_and_the_next_start_knows() {
 fn remember(line: &Line, measured: Vec<(PathBuf, Vec<Row>)>, named: Option<&Path>, state: State) {
     let model = Digest::of(&std::fs::read(shipped("models/plates-v1.onnx")).unwrap());
     let place = Libraries::of(named, &measured[0].0).place(2);
-    let table = tune::judge(measured, 0.25).unwrap();
+    let table = tune::judge(&measured, 0.25).unwrap();
     let (mut registry, _) = Registry::open(&line.service.state_dir()).unwrap();
     registry.put_tuning(&Tuning { model, place, at: 1, state, table }).unwrap();
 }

@@ -1,5 +1,7 @@
 //! The child's part: load what the library has, time it in turns, look at the pictures.
 
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -32,6 +34,38 @@ const DOUBTFUL: f32 = 0.001;
 const SETTLE: Duration = Duration::from_millis(1);
 const SETTLE_SPINNING: Duration = Duration::from_millis(20);
 
+/// The way to the box for two children in a duel: who holds the lock of the model's file has it.
+struct Door(Option<File>);
+
+impl Door {
+    /// Fails where files can't be locked.
+    fn of(ask: &Ask) -> io::Result<Self> {
+        let door = Self(ask.duel.map(|_| File::open(&ask.model.file)).transpose()?);
+        door.0.as_ref().map_or(Ok(()), File::lock)?;
+        drop(Turn(&door));
+        Ok(door)
+    }
+
+    /// Waits for the box. It has been locked before: no error is left but an interruption.
+    fn enter(&self) -> Turn<'_> {
+        let _ = self.0.as_ref().map(File::lock);
+        Turn(self)
+    }
+}
+
+/// Gives way at its end.
+struct Turn<'d>(&'d Door);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if let Some(file) = &self.0.0 {
+            let _ = file.unlock();
+            // The other one is awake by then.
+            std::thread::sleep(SETTLE);
+        }
+    }
+}
+
 /// A setting that is up.
 struct Entry {
     row: Row,
@@ -51,9 +85,10 @@ pub(in crate::update) fn measure(ask: &Ask, allowance: &Allowance) -> Measured {
             if ask.model.sha256.is_some_and(|wanted| wanted.to_string() != file.identity.sha256) {
                 return Err("the file is not what was asked for".into());
             }
-            Ok((runtime, file))
+            let door = Door::of(ask).map_err(|e| format!("can't be locked: {e}"))?;
+            Ok((runtime, file, door))
         });
-    let (runtime, file) = match prepared {
+    let (runtime, file, door) = match prepared {
         Ok(prepared) => prepared,
         Err(why) => return Measured { rows: vec![Row::failed(ask.reference, why)] },
     };
@@ -76,6 +111,7 @@ pub(in crate::update) fn measure(ask: &Ask, allowance: &Allowance) -> Measured {
             custom_op_domains: ask.custom_op_domains.clone(),
             ..EngineOptions::default()
         };
+        let _turn = door.enter();
         let began = Instant::now();
         let opened =
             Model::build(&runtime, &file, &options).map_err(|e| words(setting, &e.to_string()));
@@ -94,8 +130,8 @@ pub(in crate::update) fn measure(ask: &Ask, allowance: &Allowance) -> Measured {
         let _ = allowance.renew();
         // There and back: whoever follows a hungry one finds colder caches.
         match turn % 2 {
-            0 => entries.iter_mut().for_each(Entry::turn),
-            _ => entries.iter_mut().rev().for_each(Entry::turn),
+            0 => entries.iter_mut().for_each(|entry| entry.turn(&door)),
+            _ => entries.iter_mut().rev().for_each(|entry| entry.turn(&door)),
         }
     }
     Measured { rows: entries.into_iter().map(|entry| entry.row).collect() }
@@ -124,6 +160,9 @@ fn settings(ask: &Ask, providers: &[Provider]) -> Vec<Setting> {
     }
     if ask.spinning && most > 1 {
         all.push(Setting { spinning: true, ..ask.reference });
+    }
+    if let Some(setting) = ask.duel {
+        all = vec![setting];
     }
     let mut seen = Vec::new();
     all.retain(|setting| {
@@ -154,7 +193,7 @@ fn words(setting: Setting, error: &str) -> String {
 }
 
 impl Row {
-    fn new(setting: Setting) -> Self {
+    pub(super) fn new(setting: Setting) -> Self {
         let (wall_ms, cpu_ms, found) = (Vec::new(), Vec::new(), Vec::new());
         Self { setting, load_ms: 0.0, wall_ms, cpu_ms, found, error: None, late: false }
     }
@@ -195,8 +234,9 @@ impl Entry {
         }
     }
 
-    fn turn(&mut self) {
+    fn turn(&mut self, door: &Door) {
         let Some(model) = &self.model else { return };
+        let _turn = door.enter();
         let mut runner = model.runner();
         let (mut wall, cpu) = (Duration::MAX, process_cpu());
         for _ in 0..RUNS {

@@ -4,8 +4,12 @@
 //! ```text
 //! parent (`run`)   ask ──► child, one per library (`measure`): loads, times in turns, looks
 //!      ▲                         │ rows: times, findings
+//!      │               ask ──► two children, one per library's best: the same, in turns with each other
 //!      └──── judge (here, pure) ◄┘
 //! ```
+//!
+//! A process has one library, and a box may grow busy from one child to the next: what the two best
+//! do in turns with each other sets the times of one library against those of the other.
 //!
 //! The reference is the CPU provider of the library that runs, with the configured threads. Who
 //! disagrees with it is out; who is not [`GAIN_MIN`] times faster does not replace it. The result is
@@ -57,6 +61,8 @@ pub struct Ask {
     pub spinning: bool,
     /// Settings that ended a child before.
     pub left_out: Vec<Setting>,
+    /// This setting only, in turns with a child of another library.
+    pub duel: Option<Setting>,
     /// Operator domains allowed beyond the common ones.
     pub custom_op_domains: Vec<String>,
     /// Pictures to agree on: dumps of frames, JPEG or PNG files.
@@ -240,20 +246,35 @@ pub fn library(inference: &Inference, state_dir: &Path) -> Option<PathBuf> {
 ///
 /// # Errors
 /// The reference itself could not be measured.
-pub fn judge(measured: Vec<(PathBuf, Vec<Row>)>, confidence: f32) -> Result<Table, String> {
-    let mut rows = measured.into_iter().flat_map(|(library, rows)| {
-        rows.into_iter()
-            .map(move |row| (Pick { library: library.clone(), setting: row.setting }, row))
+pub fn judge(measured: &[(PathBuf, Vec<Row>)], confidence: f32) -> Result<Table, String> {
+    let candidates = candidates(measured, confidence)?;
+    let here = best_here(&candidates).ok_or("there was no time for the reference")?;
+    let chosen = faster(here, fastest(&candidates, false), GAIN_MIN);
+    let ms = |c: &Candidate| c.wall_ms.unwrap_or(f64::MAX);
+    let gain = rounded(ms(&candidates[0]) / ms(chosen), 3);
+    Ok(Table { chosen: chosen.pick.clone(), here: here.pick.clone(), gain, candidates })
+}
+
+/// The best of the library that runs and of the other one, if both have one.
+fn finalists(measured: &[(PathBuf, Vec<Row>)], confidence: f32) -> Option<[Pick; 2]> {
+    let candidates = candidates(measured, confidence).ok()?;
+    let (here, other) = (best_here(&candidates)?, fastest(&candidates, false)?);
+    Some([here.pick.clone(), other.pick.clone()])
+}
+
+/// The reference first.
+fn candidates(measured: &[(PathBuf, Vec<Row>)], confidence: f32) -> Result<Vec<Candidate>, String> {
+    let mut rows = measured.iter().flat_map(|(library, rows)| {
+        rows.iter().map(move |row| (Pick { library: library.clone(), setting: row.setting }, row))
     });
     let (reference, base) = rows.next().ok_or("nothing was measured")?;
     if let Some(error) = &base.error {
         return Err(format!("the reference ({}) could not be measured: {error}", base.setting));
     }
-    let base_ms = quartile(&base.wall_ms).ok_or("there was no time for the reference")?;
-    let mut candidates = vec![Candidate::of(reference.clone(), &base)];
+    let mut candidates = vec![Candidate::of(reference, base)];
     candidates[0].agreement = Some(1.0);
     for (pick, row) in rows {
-        let mut candidate = Candidate::of(pick, &row);
+        let mut candidate = Candidate::of(pick, row);
         if candidate.out.is_none() {
             let agreement = agreement(&base.found, &row.found, confidence);
             candidate.agreement = Some(rounded(agreement, 4));
@@ -264,23 +285,32 @@ pub fn judge(measured: Vec<(PathBuf, Vec<Row>)>, confidence: f32) -> Result<Tabl
         }
         candidates.push(candidate);
     }
-    let fastest = |here: bool| {
-        let fit = |c: &&Candidate| c.out.is_none() && (c.pick.library == reference.library) == here;
-        let timed = candidates.iter().filter(fit).filter_map(|c| Some((c.wall_ms?, &c.pick)));
-        timed
-            .filter(|(_, pick)| **pick != reference)
-            .min_by(|a, b| a.0.total_cmp(&b.0))
-            .map(|(ms, pick)| (ms, pick.clone()))
-    };
-    let faster = |best: (f64, Pick), other: Option<(f64, Pick)>, gain: f64| match other {
-        Some(other) if best.0 / other.0 >= gain => other,
-        _ => best,
-    };
+    Ok(candidates)
+}
+
+/// Of the library that runs: the reference, or who is worth more.
+fn best_here(candidates: &[Candidate]) -> Option<&Candidate> {
+    let reference = candidates.first().filter(|c| c.wall_ms.is_some())?;
     let gain = if failpoint::leaves_out(failpoint::REFERENCE) { 0.0 } else { GAIN_MIN };
-    let here = faster((base_ms, reference.clone()), fastest(true), gain);
-    let chosen = faster(here.clone(), fastest(false), GAIN_MIN);
-    let gain = rounded(base_ms / chosen.0, 3);
-    Ok(Table { candidates, chosen: chosen.1, here: here.1, gain })
+    Some(faster(reference, fastest(candidates, true), gain))
+}
+
+/// The fastest that agrees, the reference aside, of the library that runs or of the other one.
+fn fastest(candidates: &[Candidate], here: bool) -> Option<&Candidate> {
+    let (reference, others) = candidates.split_first()?;
+    let is_fit =
+        |c: &&Candidate| c.out.is_none() && (c.pick.library == reference.pick.library) == here;
+    let timed = others.iter().filter(is_fit).filter_map(|c| Some((c.wall_ms?, c)));
+    timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, candidate)| candidate)
+}
+
+/// The other one if it is so many times faster.
+fn faster<'a>(best: &'a Candidate, other: Option<&'a Candidate>, gain: f64) -> &'a Candidate {
+    let is_worth = |other: &&Candidate| match (best.wall_ms, other.wall_ms) {
+        (Some(best), Some(other)) => best / other >= gain,
+        _ => false,
+    };
+    other.filter(is_worth).unwrap_or(best)
 }
 
 impl Candidate {

@@ -1,10 +1,10 @@
-//! The parent's part: a child for each library, in turns, and what becomes of those that die.
+//! The parent's part: a child for each library, a duel of their best, and what becomes of those that die.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::{Ask, Row, Table, judge};
+use super::{Ask, Pick, Row, Table, finalists, judge, quartile};
 use crate::host;
 use crate::model::options::Setting;
 use crate::model::runtime::{installed, version_of};
@@ -64,30 +64,74 @@ pub enum Stopped {
 /// It was cancelled, or the reference could not be measured.
 pub fn run(order: &Order, limits: &Limits, cancel: &AtomicBool) -> Result<Table, Stopped> {
     let end = Instant::now() + limits.wall;
-    // The first library before and after the other: a box that grows busy slows both down.
-    let passes: &[usize] = if order.libraries.0.len() > 1 { &[0, 1, 0] } else { &[0] };
-    let share = limits.wall / passes.len().max(2) as u32;
-    let mut measured: Vec<(PathBuf, Vec<Row>)> =
-        order.libraries.0.iter().take(2).map(|library| (library.clone(), Vec::new())).collect();
-    for &pass in passes {
-        let (library, rows) = &mut measured[pass];
-        match child(order, library, limits, (share, end), cancel) {
-            Ok(added) => merge(rows, added),
-            Err(Stopped::Failed(why)) if rows.is_empty() && pass > 0 => {
-                rows.push(Row { late: true, ..Row::failed(order.engine.setting, why) });
+    let confidence = order.engine.confidence;
+    // The last share is the duel's.
+    let share = limits.wall / (order.libraries.0.len() + 1).min(3) as u32;
+    let mut measured: Vec<(PathBuf, Vec<Row>)> = Vec::new();
+    for library in order.libraries.0.iter().take(2) {
+        let rows = match child(order, library, None, limits, (share, end), cancel) {
+            Err(Stopped::Failed(why)) if !measured.is_empty() => {
+                vec![Row { late: true, ..Row::failed(order.engine.setting, why) }]
             }
-            // Measured once is enough where there is no time for more.
-            Err(Stopped::Failed(_)) if !rows.is_empty() => {}
-            Err(stopped) => return Err(stopped),
-        }
+            rows => rows?,
+        };
+        measured.push((library.clone(), rows));
     }
-    judge(measured, order.engine.confidence).map_err(Stopped::Failed)
+    if let Some(picks) = finalists(&measured, confidence) {
+        settle(&mut measured, &picks, &duel(order, &picks, limits, end, cancel)?);
+    }
+    judge(&measured, confidence).map_err(Stopped::Failed)
+}
+
+/// The rows of two settings of two libraries, which were measured in turns with each other; none of a
+/// child that failed.
+fn duel(
+    order: &Order,
+    picks: &[Pick; 2],
+    limits: &Limits,
+    end: Instant,
+    cancel: &AtomicBool,
+) -> Result<[Option<Row>; 2], Stopped> {
+    let fight = |pick: &Pick| {
+        let time = (end.saturating_duration_since(Instant::now()), end);
+        match child(order, &pick.library, Some(pick.setting), limits, time, cancel) {
+            Ok(rows) => Ok(rows.into_iter().next()),
+            // What was measured before has to do.
+            Err(Stopped::Failed(_)) => Ok(None),
+            Err(Stopped::Canceled) => Err(Stopped::Canceled),
+        }
+    };
+    let [here, other] = std::thread::scope(|threads| {
+        let there = threads.spawn(|| fight(&picks[1]));
+        [fight(&picks[0]), there.join().expect("it does not panic")]
+    });
+    Ok([here?, other?])
+}
+
+/// Sets the times of the other library by those of a duel. What failed in it is out.
+fn settle(measured: &mut [(PathBuf, Vec<Row>)], picks: &[Pick; 2], fought: &[Option<Row>; 2]) {
+    let mut factor = 1.0;
+    for ((pick, fought), (_, rows)) in picks.iter().zip(fought).zip(&mut *measured) {
+        let row = rows.iter_mut().find(|row| row.setting == pick.setting);
+        let (Some(row), Some(fought)) = (row, fought) else { return };
+        if !fought.late {
+            row.error = fought.error.clone();
+        }
+        let (Some(alone), Some(fought)) = (quartile(&row.wall_ms), quartile(&fought.wall_ms))
+        else {
+            return;
+        };
+        factor = fought / alone / factor;
+    }
+    let others = measured.iter_mut().skip(1).flat_map(|(_, rows)| rows);
+    others.flat_map(|row| &mut row.wall_ms).for_each(|ms| *ms *= factor);
 }
 
 /// One library's rows. A setting that ends the child is left out, and the rest is measured anew.
 fn child(
     order: &Order,
     library: &Path,
+    duel: Option<Setting>,
     limits: &Limits,
     (share, end): (Duration, Instant),
     cancel: &AtomicBool,
@@ -102,6 +146,7 @@ fn child(
             reference: engine.setting,
             spinning: host::cores() > engine.setting.threads,
             left_out: lost.iter().map(|row| row.setting).collect(),
+            duel,
             custom_op_domains: engine.custom_op_domains.clone(),
             pictures: order.pictures.clone(),
             iou: engine.iou,
@@ -134,21 +179,48 @@ fn is_new(setting: Setting, reference: Setting, lost: &[Row]) -> bool {
     setting != reference && lost.iter().all(|row| row.setting != setting)
 }
 
-/// Another pass over a library. What failed in either is out.
-fn merge(rows: &mut Vec<Row>, added: Vec<Row>) {
-    if rows.is_empty() {
-        *rows = added;
-        return;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Provider;
+
+    const HERE: Setting =
+        Setting { provider: Provider::Cpu, threads: 2, spinning: false, bf16: false };
+    const THERE: Setting = Setting { provider: Provider::OpenVino, ..HERE };
+    const ALSO: Setting = Setting { threads: 1, ..THERE };
+
+    fn row(setting: Setting, ms: f64) -> Row {
+        Row { wall_ms: vec![ms; 3], ..Row::new(setting) }
     }
-    for row in rows {
-        let Some(again) = added.iter().find(|again| again.setting == row.setting) else { continue };
-        if row.late && again.error.is_none() {
-            // What had no time in one pass may have had some in the other.
-            *row = again.clone();
-        } else if !again.late {
-            row.wall_ms.extend(&again.wall_ms);
-            row.cpu_ms.extend(&again.cpu_ms);
-            row.error = row.error.take().or_else(|| again.error.clone());
-        }
+
+    fn settled(fought: [Option<Row>; 2]) -> Vec<Row> {
+        let [here, there] = ["/a.so", "/b.so"].map(PathBuf::from);
+        let picks = [(&here, HERE), (&there, THERE)];
+        let picks = picks.map(|(library, setting)| Pick { library: library.clone(), setting });
+        let rows = vec![row(THERE, 8.0), row(ALSO, 12.0)];
+        let mut measured = [(here, vec![row(HERE, 10.0)]), (there, rows)];
+        settle(&mut measured, &picks, &fought);
+        measured.into_iter().flat_map(|(_, rows)| rows).collect()
+    }
+
+    #[test]
+    fn a_duel_sets_the_times_of_the_other_library() {
+        let times = |fought| settled(fought).iter().map(|row| row.wall_ms[0]).collect::<Vec<_>>();
+        // The box has grown busy for both; in turns with the first one the second is no faster.
+        let fought = || [Some(row(HERE, 20.0)), Some(row(THERE, 20.0))];
+        assert_eq!(times(fought()), [10.0, 10.0, 15.0]);
+        let [one, other] = fought();
+        assert_eq!(times([None, other]), [10.0, 8.0, 12.0], "one had nobody to fight");
+        assert_eq!(times([one, None]), [10.0, 8.0, 12.0], "one had nobody to fight");
+        let late = Row { late: true, ..Row::failed(THERE, "no time".into()) };
+        let rows = settled([Some(row(HERE, 20.0)), Some(late)]);
+        assert_eq!((rows[1].wall_ms[0], &rows[1].error), (8.0, &None));
+    }
+
+    #[test]
+    fn who_fails_in_a_duel_is_out() {
+        let rows = settled([Some(row(HERE, 9.0)), Some(Row::failed(THERE, "it died".into()))]);
+        let errors: Vec<_> = rows.iter().map(|row| row.error.as_deref()).collect();
+        assert_eq!(errors, [None, Some("it died"), None]);
     }
 }
