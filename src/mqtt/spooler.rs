@@ -280,7 +280,7 @@ impl Clerk {
         loop {
             let Some(spool) = &mut self.spool else { return Ok(()) };
             let on_disk = self.gaps.as_deref().unwrap_or_default();
-            let batch = due(&mut self.outbox.state(), on_disk, more, turn);
+            let mut batch = due(&mut self.outbox.state(), on_disk, more, turn);
             if batch.is_empty() {
                 break;
             }
@@ -288,8 +288,10 @@ impl Clerk {
             let written = match spool.excess(size as u64) {
                 Ok(0) => spool.write(&batch.erase, &batch.records, batch.gaps.as_deref()),
                 Ok(excess) => shed(spool, &self.outbox, excess.max(self.settings.max_bytes / 50))
-                    .and_then(|()| {
-                        spool.write(&batch.erase, &batch.records, batch.gaps.as_deref())
+                    .and_then(|gaps| {
+                        // On disk already; the batch's know nothing of what was given up just now.
+                        batch.gaps = Some(gaps);
+                        spool.write(&batch.erase, &batch.records, None)
                     }),
                 Err(e) => Err(e),
             };
@@ -408,8 +410,9 @@ fn waiting_gaps(state: &State) -> Vec<Gap> {
     out.chain(&state.gaps.0).cloned().collect()
 }
 
-/// Gives up the oldest records on disk until so many bytes are free.
-fn shed(spool: &mut Spool, outbox: &Outbox, bytes: u64) -> Result<(), Trouble> {
+/// Gives up the oldest records on disk until so many bytes are free; returns the announcements that
+/// are on disk then.
+fn shed(spool: &mut Spool, outbox: &Outbox, bytes: u64) -> Result<Vec<Gap>, Trouble> {
     let mut freed = 0;
     let mut state = outbox.state();
     while freed < bytes
@@ -430,7 +433,13 @@ fn shed(spool: &mut Spool, outbox: &Outbox, bytes: u64) -> Result<(), Trouble> {
     let mut state = outbox.state();
     let (erase, gaps) = (std::mem::take(&mut state.erase), waiting_gaps(&state));
     drop(state);
-    spool.write(&erase, &[], Some(&gaps)).inspect_err(|_| outbox.state().erase.extend(erase))
+    match spool.write(&erase, &[], Some(&gaps)) {
+        Ok(()) => Ok(gaps),
+        Err(e) => {
+            outbox.state().erase.extend(erase);
+            Err(e)
+        }
+    }
 }
 
 /// These records are on disk now: marks those that are still wanted, and lets go of what memory
