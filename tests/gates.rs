@@ -230,8 +230,6 @@ fn nothing_is_compared_without_an_active_model_or_with_a_broken_one() {
 
 /// A program in the child's place.
 fn impostor(site: &Site, script: &str) -> Outcome {
-    use std::os::unix::fs::PermissionsExt;
-    let program = site.dir.path().join("impostor");
     let text = format!(
         "#!/bin/sh\nticket=$(cat)\n\
          nonce=$(echo \"$ticket\" | sed 's/.*\"nonce\":\"\\([0-9a-f]*\\)\".*/\\1/')\n\
@@ -239,13 +237,7 @@ fn impostor(site: &Site, script: &str) -> Outcome {
          accept() {{ echo \"{{\\\"report\\\":{{\\\"nonce\\\":\\\"$1\\\",\\\"gates\\\":[],\
          \\\"refused\\\":null,\\\"ask\\\":null,\\\"phases_ms\\\":{{}}}}}}\"; }}\n{script}\n"
     );
-    // Written elsewhere and renamed: a program that another thread's child still holds open for
-    // writing can't be started.
-    let draft = site.dir.path().join("draft");
-    std::fs::write(&draft, text).expect("ours");
-    std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).expect("ours");
-    std::fs::rename(&draft, &program).expect("ours");
-    let shell = Limits { program, ..limits() };
+    let shell = Limits { program: site.impostor(&text), ..limits() };
     proving::run(&asked(site, &good()), None, &shell, &AtomicBool::new(false))
 }
 

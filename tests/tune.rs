@@ -215,7 +215,6 @@ fn a_child_that_dies_or_hangs_is_no_result() {
 /// A setting that crashes is left out, and the others are measured without it.
 #[test]
 fn a_setting_that_ends_the_child_is_left_out() {
-    use std::os::unix::fs::PermissionsExt;
     let site = Site::new();
     let library = Runtime::load(None).expect("the library").library().to_owned();
     // Lives until it is about to try one thread, unless that is left out already.
@@ -226,15 +225,8 @@ fn a_setting_that_ends_the_child_is_left_out() {
          printf %s \"$ticket\" > ticket.json\nexec {} prove < ticket.json\n",
         program().display()
     );
-    let impostor = site.dir.path().join("impostor");
-    let draft = site.dir.path().join("draft");
-    std::fs::write(
-        &draft,
-        script.replace("ticket.json", &site.dir.path().join("t").display().to_string()),
-    )
-    .unwrap();
-    std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).unwrap();
-    std::fs::rename(&draft, &impostor).unwrap();
+    let ticket = site.dir.path().join("t").display().to_string();
+    let impostor = site.impostor(&script.replace("ticket.json", &ticket));
     let sound = order(&site, &site.active, &library);
     let table = tune::run(&sound, &limits(&impostor), &AtomicBool::new(false)).unwrap();
     let one = table.candidates.iter().find(|c| c.pick.setting == CPU1).expect("it is told");
@@ -247,7 +239,6 @@ fn a_setting_that_ends_the_child_is_left_out() {
 /// take turns.
 #[test]
 fn the_best_of_two_libraries_meet_in_a_duel() {
-    use std::os::unix::fs::PermissionsExt;
     let site = Site::new();
     let plain = Runtime::load(None).expect("the library").library().to_owned();
     let copy = site.dir.path().join(plain.file_name().unwrap());
@@ -259,11 +250,7 @@ fn the_best_of_two_libraries_meet_in_a_duel() {
         tickets.display(),
         program().display()
     );
-    // Written under another name: a program that is open for writing can't be run.
-    let (draft, scribe) = (site.dir.path().join("draft"), site.dir.path().join("scribe"));
-    std::fs::write(&draft, script).unwrap();
-    std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).unwrap();
-    std::fs::rename(&draft, &scribe).unwrap();
+    let scribe = site.impostor(&script);
     // Beside the one that runs, what is installed: the first of that is the other.
     let mut both = order(&site, &site.active, &copy);
     both.libraries = Libraries::of(None, &copy);

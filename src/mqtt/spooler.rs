@@ -433,13 +433,8 @@ fn shed(spool: &mut Spool, outbox: &Outbox, bytes: u64) -> Result<Vec<Gap>, Trou
     let mut state = outbox.state();
     let (erase, gaps) = (std::mem::take(&mut state.erase), waiting_gaps(&state));
     drop(state);
-    match spool.write(&erase, &[], Some(&gaps)) {
-        Ok(()) => Ok(gaps),
-        Err(e) => {
-            outbox.state().erase.extend(erase);
-            Err(e)
-        }
-    }
+    spool.write(&erase, &[], Some(&gaps)).inspect_err(|_| outbox.state().erase.extend(erase))?;
+    Ok(gaps)
 }
 
 /// These records are on disk now: marks those that are still wanted, and lets go of what memory

@@ -1,5 +1,6 @@
 //! A site with pictures of its own: a calibration folder, and the model that made its labels.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use noblink::model::contract::Overrides;
@@ -54,6 +55,17 @@ pub struct Site {
 }
 
 impl Site {
+    /// A program in the proving child's place.
+    pub fn impostor(&self, script: &str) -> PathBuf {
+        let [draft, program] = ["draft", "impostor"].map(|name| self.dir.path().join(name));
+        // Written elsewhere and renamed: a program that another thread's child still holds open for
+        // writing can't be started.
+        std::fs::write(&draft, script).expect("ours");
+        std::fs::set_permissions(&draft, PermissionsExt::from_mode(0o700)).expect("ours");
+        std::fs::rename(&draft, &program).expect("ours");
+        program
+    }
+
     pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let active = good().write(dir.path(), "good.onnx");
