@@ -99,16 +99,27 @@ proptest! {
         (w, h) in (1usize..400, 1usize..40),
         input in prop_oneof![Just((32, 32)), Just((96, 64)), Just((320, 64)), Just((352, 352))],
         fit in prop_oneof![Just(Fit::Letterbox), Just(Fit::Stretch)],
+        kind in 0..3,
         seed in any::<u32>(),
     ) {
         let mut state = seed;
-        let rgb: Vec<u8> = (0..3 * w * h)
-            .map(|_| {
+        let mut noise = |bytes: usize| -> Vec<u8> {
+            let next = |_| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 (state >> 24) as u8
-            })
-            .collect();
-        let pixels = Pixels::Rgb(Plane { data: &rgb, stride: 3 * w });
+            };
+            (0..bytes).map(next).collect()
+        };
+        let (w2, h2) = (w.div_ceil(2), h.div_ceil(2));
+        let (first, uv) = (noise(3 * w * h), noise(2 * w2 * h2));
+        let luma = Plane { data: &first, stride: w };
+        let (u, v) = uv.split_at(w2 * h2);
+        let half = |data| Plane { data, stride: w2 };
+        let pixels = match kind {
+            0 => Pixels::Rgb(Plane { data: &first, stride: 3 * w }),
+            1 => Pixels::I420 { y: luma, u: half(u), v: half(v) },
+            _ => Pixels::Nv12 { y: luma, uv: Plane { data: &uv, stride: 2 * w2 } },
+        };
         let picture = Picture { width: w, height: h, color: LIMITED, pixels };
         let plan = || Plan::new(Geometry::new(fit, (w, h), input), Order::Rgb, Scale::Byte);
         let written = |mut plan: Plan| {
@@ -200,7 +211,7 @@ fn colours_follow_matrix_and_range() {
     ] {
         let (mut r, mut g, mut b) = ([0u8], [0u8], [0u8]);
         let [y, u, v] = yuv.map(|v| [v]);
-        ToRgb::new(Color { matrix, range }).planes([&y, &u, &v], (&mut r, &mut g, &mut b));
+        ToRgb::new(Color { matrix, range }).planes([&y, &u, &v], [&mut r, &mut g, &mut b]);
         for (got, wanted) in [r[0], g[0], b[0]].into_iter().zip(rgb) {
             let off = (i16::from(got) - wanted).abs();
             assert!(off <= 3, "{matrix:?} {range:?} {yuv:?}: {r:?} {g:?} {b:?}, not {rgb:?}");

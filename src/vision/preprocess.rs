@@ -9,14 +9,15 @@
 //! bit; for YUV it equals what `cv2.VideoCapture` and `cv2.resize` make of it (see `color`).
 //!
 //! The loops are plain ones that the compiler turns into vector instructions, once for every
-//! machine and once for those with AVX2. Only the gathering of neighbours, of which it makes
-//! nothing, is written out (`blend`).
+//! machine and once for those with AVX2. Only those of which it makes nothing fast are written out
+//! (`kernels`).
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::blend::{self, Blend, Level, SHRINK_MAX, SUM_BITS, Sideways};
-use super::color::ToRgb;
+use super::blend::{Blend, SHRINK_MAX, SUM_BITS};
+use super::color::{ToRgb, high};
+use super::kernels::{self, Kernels, Level, thirds, thirds_mut};
 use super::letterbox::{Geometry, PAD};
 use super::picture::{Picture, Pixels, Plane};
 use super::resample::Axis;
@@ -109,7 +110,7 @@ enum Kind {
 /// Rows of three planes, red, green and blue one behind the other.
 #[derive(Debug, Default)]
 struct Scratch {
-    yuv: [Vec<u8>; 3],
+    yuv: Yuv,
     /// Source rows in RGB.
     rgb: [Vec<u8>; 2],
     /// Source rows blended sideways, [`SUM_BITS`] fractional bits, and which rows they are of.
@@ -119,6 +120,16 @@ struct Scratch {
     bytes: Vec<u8>,
     /// The same, for the conversion to 16-bit floats.
     floats: Vec<f32>,
+}
+
+/// A row on its way to RGB.
+#[derive(Debug, Default)]
+struct Yuv {
+    /// The columns that were picked.
+    picked: [Vec<u8>; 3],
+    /// What a row of chroma adds to each colour, and which row that is: two rows of luma share it.
+    chroma: Vec<i16>,
+    chroma_of: Option<usize>,
 }
 
 impl Plan {
@@ -145,7 +156,11 @@ impl Plan {
         };
         let width = columns.as_ref().map_or(source.0, Vec::len);
         let scratch = Scratch {
-            yuv: [vec![0; width], vec![0; width], vec![0; width]],
+            yuv: Yuv {
+                picked: std::array::from_fn(|_| vec![0; width]),
+                chroma: vec![0; 3 * width.div_ceil(2)],
+                chroma_of: None,
+            },
             rgb: [vec![0; 3 * width], vec![0; 3 * width]],
             sums: [vec![0; 3 * resized.0], vec![0; 3 * resized.0]],
             sums_of: [None; 2],
@@ -195,12 +210,12 @@ impl Plan {
     ) -> Result<(), PreprocessError> {
         self.check(picture)?;
         match self.level {
-            Level::Portable => self.write_rows::<blend::Portable>(picture, target),
+            Level::Portable => self.write_rows::<kernels::Portable>(picture, target),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the level was detected.
             Level::Avx2 => unsafe { self.write_avx2(picture, target) },
             #[cfg(target_arch = "aarch64")]
-            Level::Neon => self.write_rows::<blend::Neon>(picture, target),
+            Level::Neon => self.write_rows::<kernels::Neon>(picture, target),
         }
         Ok(())
     }
@@ -208,11 +223,11 @@ impl Plan {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
     fn write_avx2(&mut self, picture: &Picture<'_>, target: &mut Target<'_>) {
-        self.write_rows::<blend::Avx2>(picture, target);
+        self.write_rows::<kernels::Avx2>(picture, target);
     }
 
     #[inline(always)]
-    fn write_rows<S: Sideways>(&mut self, picture: &Picture<'_>, target: &mut Target<'_>) {
+    fn write_rows<K: Kernels>(&mut self, picture: &Picture<'_>, target: &mut Target<'_>) {
         let (width, height) = self.geometry.resized;
         let area = self.geometry.input.0 * self.geometry.input.1;
         let planes = match self.order {
@@ -222,9 +237,9 @@ impl Plan {
         let unit = self.unit();
         let to_rgb = ToRgb::new(picture.color);
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.sums_of = [None; 2];
+        (scratch.sums_of, scratch.yuv.chroma_of) = ([None; 2], None);
         for row in 0..height {
-            self.row::<S>(picture, &to_rgb, row, &mut scratch);
+            self.row::<K>(picture, &to_rgb, row, &mut scratch);
             let at = (self.geometry.top + row) * self.geometry.input.0 + self.geometry.left;
             for (bytes, plane) in scratch.bytes.chunks_exact(width).zip(planes) {
                 match target {
@@ -291,7 +306,7 @@ impl Plan {
 
     /// Makes one row of the target in `scratch.bytes`.
     #[inline(always)]
-    fn row<S: Sideways>(
+    fn row<K: Kernels>(
         &self,
         picture: &Picture<'_>,
         to_rgb: &ToRgb,
@@ -305,12 +320,12 @@ impl Plan {
         match self.kind {
             Kind::Halved => {
                 let [upper, lower] = rgb;
-                fetch(picture, 2 * row, None, to_rgb, yuv, upper);
-                fetch(picture, 2 * row + 1, None, to_rgb, yuv, lower);
+                fetch::<K>(picture, 2 * row, None, to_rgb, yuv, upper);
+                fetch::<K>(picture, 2 * row + 1, None, to_rgb, yuv, lower);
                 average(upper, lower, bytes);
             }
             Kind::Sampled if weight.1 == 0 => {
-                fetch(picture, low, columns, to_rgb, yuv, bytes);
+                fetch::<K>(picture, low, columns, to_rgb, yuv, bytes);
             }
             Kind::Sampled | Kind::Blended => {
                 // Upscaling, the next row's upper source is often this row's lower one.
@@ -322,10 +337,10 @@ impl Plan {
                     if sums_of[n] == Some(y) {
                         continue;
                     }
-                    fetch(picture, y, columns, to_rgb, yuv, &mut rgb[0]);
+                    fetch::<K>(picture, y, columns, to_rgb, yuv, &mut rgb[0]);
                     match self.kind {
                         Kind::Sampled => weigh(&rgb[0], &mut sums[n]),
-                        _ => self.blend.rows::<S>(&rgb[0], &mut sums[n]),
+                        _ => self.blend.rows::<K>(&rgb[0], &mut sums[n]),
                     }
                     sums_of[n] = Some(y);
                 }
@@ -339,8 +354,8 @@ impl Plan {
 /// Downwards: OpenCV's `VResizeLinear`.
 #[inline(always)]
 fn combine(upper: &[i16], lower: &[i16], weight: (u16, u16), out: &mut [u8]) {
-    let (wa, wb) = (i32::from(weight.0), i32::from(weight.1));
-    let high = |weight: i32, sum: i16| ((weight * i32::from(sum)) >> 16) as i16;
+    // At most `1 << WEIGHT_BITS`. Of 16 bits each, the upper half of a product is one instruction.
+    let (wa, wb) = (weight.0 as i16, weight.1 as i16);
     for ((to, a), b) in out.iter_mut().zip(upper).zip(lower) {
         *to = ((high(wa, *a) + high(wb, *b) + 2) >> 2) as u8;
     }
@@ -372,18 +387,19 @@ fn to_floats(bytes: &[u8], unit: f32, out: &mut [f32]) {
 
 /// Fetches row `y` of a picture, or of that row the given columns, as planes of RGB.
 #[inline(always)]
-fn fetch(
+fn fetch<K: Kernels>(
     picture: &Picture<'_>,
     y: usize,
     columns: Option<&[u32]>,
     to_rgb: &ToRgb,
-    [luma, blue, red]: &mut [Vec<u8>; 3],
+    yuv: &mut Yuv,
     rgb: &mut [u8],
 ) {
     let width = picture.width;
+    let [luma, blue, red] = &mut yuv.picked;
     match (picture.pixels, columns) {
         (Pixels::Rgb(plane), None) => {
-            let (r, g, b) = thirds(rgb);
+            let [r, g, b] = thirds_mut(rgb);
             let line = &line(plane, y)[..3 * width];
             for (((r, g), b), pixel) in r.iter_mut().zip(g).zip(b).zip(line.chunks_exact(3)) {
                 (*r, *g, *b) = (pixel[0], pixel[1], pixel[2]);
@@ -395,26 +411,41 @@ fn fetch(
                 pick(line, columns, |x| 3 * x + n, out);
             }
         }
-        (Pixels::I420 { y: luma_plane, u, v }, None) => {
-            spread(line(u, y / 2), blue);
-            spread(line(v, y / 2), red);
-            to_rgb.planes([&line(luma_plane, y)[..width], blue, red], thirds(rgb));
+        (Pixels::I420 { y: luma, u, v }, None) => {
+            let (u, v) = (line(u, y / 2), line(v, y / 2));
+            yuv.chroma_row(y / 2, to_rgb, u.iter().zip(v).map(|(u, v)| [*u, *v]));
+            to_rgb.pairs::<K>(&line(luma, y)[..width], thirds(&yuv.chroma), thirds_mut(rgb));
         }
-        (Pixels::Nv12 { y: luma_plane, uv }, None) => {
-            spread_two(line(uv, y / 2), blue, red);
-            to_rgb.planes([&line(luma_plane, y)[..width], blue, red], thirds(rgb));
+        (Pixels::Nv12 { y: luma, uv }, None) => {
+            yuv.chroma_row(y / 2, to_rgb, line(uv, y / 2).as_chunks().0.iter().copied());
+            to_rgb.pairs::<K>(&line(luma, y)[..width], thirds(&yuv.chroma), thirds_mut(rgb));
         }
         (Pixels::I420 { y: luma_plane, u, v }, Some(columns)) => {
             pick(line(luma_plane, y), columns, |x| x, luma);
             pick(line(u, y / 2), columns, |x| x / 2, blue);
             pick(line(v, y / 2), columns, |x| x / 2, red);
-            to_rgb.planes([luma, blue, red], thirds(rgb));
+            to_rgb.planes([luma, blue, red], thirds_mut(rgb));
         }
         (Pixels::Nv12 { y: luma_plane, uv }, Some(columns)) => {
             pick(line(luma_plane, y), columns, |x| x, luma);
             pick(line(uv, y / 2), columns, |x| x & !1, blue);
             pick(line(uv, y / 2), columns, |x| x | 1, red);
-            to_rgb.planes([luma, blue, red], thirds(rgb));
+            to_rgb.planes([luma, blue, red], thirds_mut(rgb));
+        }
+    }
+}
+
+impl Yuv {
+    /// Makes `chroma` that of a row, whose samples are blue and red difference.
+    #[inline(always)]
+    fn chroma_row(&mut self, row: usize, to_rgb: &ToRgb, samples: impl Iterator<Item = [u8; 2]>) {
+        if self.chroma_of.replace(row) == Some(row) {
+            return;
+        }
+        let [red, green, blue] = thirds_mut(&mut self.chroma);
+        let outs = red.iter_mut().zip(green).zip(blue);
+        for (((red, green), blue), [u, v]) in outs.zip(samples) {
+            [*red, *green, *blue] = to_rgb.adds(u, v);
         }
     }
 }
@@ -425,40 +456,8 @@ fn line(plane: Plane<'_>, y: usize) -> &[u8] {
 }
 
 #[inline(always)]
-fn thirds(rgb: &mut [u8]) -> (&mut [u8], &mut [u8], &mut [u8]) {
-    let (r, gb) = rgb.split_at_mut(rgb.len() / 3);
-    let (g, b) = gb.split_at_mut(gb.len() / 2);
-    (r, g, b)
-}
-
-#[inline(always)]
 fn pick(line: &[u8], columns: &[u32], at: impl Fn(usize) -> usize, out: &mut [u8]) {
     for (to, x) in out.iter_mut().zip(columns) {
         *to = line[at(*x as usize)];
-    }
-}
-
-/// Repeats each sample over its two pixels.
-#[inline(always)]
-fn spread(half: &[u8], out: &mut [u8]) {
-    let pairs = out.len() / 2;
-    for (pair, c) in out.chunks_exact_mut(2).zip(half) {
-        (pair[0], pair[1]) = (*c, *c);
-    }
-    if let [last] = &mut out[2 * pairs..] {
-        *last = half[pairs];
-    }
-}
-
-/// The same for interleaved samples.
-#[inline(always)]
-fn spread_two(half: &[u8], blue: &mut [u8], red: &mut [u8]) {
-    let pairs = blue.len() / 2;
-    let outs = blue.chunks_exact_mut(2).zip(red.chunks_exact_mut(2));
-    for ((b, r), uv) in outs.zip(half.chunks_exact(2)) {
-        (b[0], b[1], r[0], r[1]) = (uv[0], uv[0], uv[1], uv[1]);
-    }
-    if let ([b], [r]) = (&mut blue[2 * pairs..], &mut red[2 * pairs..]) {
-        (*b, *r) = (half[2 * pairs], half[2 * pairs + 1]);
     }
 }
