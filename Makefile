@@ -49,10 +49,10 @@ setup:
 setup-tests:
 	@scripts/setup --tests
 
-# noblink beside what a user would otherwise run, and beside bare runs and decoding: in turns, on one
-# clip, some ten minutes. PYTHON names an interpreter with benches/peers/requirements.txt; MODEL, INT8
-# (the same network) and CLIP other files. ARGS="--rounds 1 --frames 100" for a look; ARGS=--docs
-# writes the result into docs/.
+# noblink beside what a user would otherwise run, and beside bare runs and decoding: in turns of two
+# seconds, on one clip, some ten minutes. PYTHON names an interpreter with
+# benches/peers/requirements.txt; MODEL, INT8 (the same network) and CLIP other files.
+# ARGS="--rounds 1 --turns 2" for a look; ARGS=--docs writes the result into docs/.
 bench: build
 	$(or $(PYTHON),python3) benches/peers/compare.py $(MODEL:%=--model %) $(INT8:%=--int8 %) $(CLIP:%=--clip %) $(ARGS)
 

@@ -1,5 +1,7 @@
 //! The commands: what they print and how they exit.
 
+use std::io::{BufRead, BufReader};
+
 use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
@@ -149,6 +151,32 @@ fn bench_pipeline_measures_every_stage() {
     let latency = |quantile: &str| json["latency_ms"][quantile].as_f64();
     assert!(latency("p50") > Some(0.0) && latency("p50") <= latency("p99"), "{json}");
     assert!(json["rss_mb"].as_f64() > Some(10.0), "{json}");
+}
+
+#[test]
+fn bench_pipeline_goes_round_until_nobody_reads() {
+    let mut child = noblink(&["bench", "pipeline", "--lap", "1"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut next = || -> Value {
+        let line = lines.next().expect("a line").expect("read");
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"))
+    };
+    assert_eq!(next()["provider"], "cpu");
+    let laps = [next(), next()];
+    for lap in &laps {
+        assert!(lap["seconds"].as_f64() >= Some(1.0) && lap["cpu_s"].as_f64() > Some(0.0), "{lap}");
+        let latencies = lap["latency_ms"].as_array().expect("a list");
+        assert!(
+            latencies.iter().all(|ms| ms.as_f64() > Some(0.0)) && !latencies.is_empty(),
+            "{lap}"
+        );
+    }
+    assert!(laps[0]["began"].as_f64() < laps[1]["began"].as_f64(), "{laps:?}");
+    drop(lines);
+    assert!(child.wait().expect("it ends").success());
 }
 
 #[test]

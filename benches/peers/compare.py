@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """`make bench`: noblink beside what a user would otherwise run, and beside what can't be undercut.
 
-On the same clip, model and cores, in turns: in each round everybody has one run, and each round
-begins with another, so that a busy moment of the machine hits all of them. Ratios are taken within a
-round; of them the median, and the 95 % interval of its bootstrap over the rounds.
+On the same clip, model and cores. In each round all contenders are started anew; then they take turns of
+some seconds, all others standing still (SIGSTOP), so that a busy moment of the machine hits all of
+them. Of a turn those laps count that began in it. Ratios are taken within a round; of them the median,
+and the 95 % interval of its bootstrap over the rounds.
 
 Contenders: noblink (with each --provider, and with --int8), plain Python (OpenCV, ONNX Runtime), Ultralytics with
 the ONNX file, Ultralytics with OpenVINO. The limit is what is left when everything is left out that can be: a
@@ -21,10 +22,14 @@ import os
 import platform
 import random
 import resource
+import select
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from draw import plot
@@ -32,6 +37,11 @@ from draw import plot
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "target/bench"
+LAP = 1  # seconds
+LAPS = 2  # of a turn
+DECODING = "bare decoding"
+DECODED = 300  # frames of a bare decoding
+PATIENCE = 300  # seconds until a contender's next lap: `auto` measures before its first
 BEGIN, END = "<!-- made by `make bench` -->", "<!-- until here -->"
 
 
@@ -48,12 +58,65 @@ def last_line(text):
     return lines[-1].strip() if lines else "it said nothing"
 
 
-def json_of(command, env=None):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          env={**os.environ, **(env or {})}, timeout=3600)
-    if done.returncode != 0:
-        raise NotMeasured(last_line(done.stderr))
-    return json.loads(last_line(done.stdout) if command[0] == sys.executable else done.stdout)
+class Contender:
+    """A program that prints of itself and then lap after lap, in lines of JSON. It stands still but in its
+    turns, and ends with this one."""
+
+    def __init__(self, command, env=None):
+        self.log = tempfile.TemporaryFile("w+")
+        self.program = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *map(str, command)], stdout=subprocess.PIPE,
+                                        stderr=self.log, env={**os.environ, **(env or {})})
+        self.laps, self.ready = [], b""
+        try:
+            self.engine = self.line()
+            self.line()
+            self.program.send_signal(signal.SIGSTOP)
+        except BaseException:
+            self.end()
+            raise
+
+    def line(self):
+        """The next line of JSON; libraries log on the same output."""
+        while not (line := self.any_line()).startswith(b"{"):
+            pass
+        return json.loads(line)
+
+    def any_line(self):
+        out = self.program.stdout.fileno()
+        while b"\n" not in self.ready:
+            if not select.select([out], [], [], PATIENCE)[0]:
+                raise NotMeasured(f"it said nothing for {PATIENCE} s")
+            some = os.read(out, 1 << 16)
+            if not some:
+                self.log.seek(0)
+                raise NotMeasured(last_line(self.log.read()))
+            self.ready += some
+        line, _, self.ready = self.ready.partition(b"\n")
+        return line
+
+    def turn(self, laps):
+        began = time.time()
+        self.program.send_signal(signal.SIGCONT)
+        while laps > 0:
+            lap = self.line()
+            if lap["began"] >= began:
+                self.laps.append(lap)
+                laps -= 1
+        self.program.send_signal(signal.SIGSTOP)
+
+    def figures(self):
+        latencies = sorted(ms for lap in self.laps for ms in lap["latency_ms"])
+        quantile = {f"p{q}": latencies[round((len(latencies) - 1) * q / 100)] for q in (50, 99)}
+        return {"frames": len(latencies),
+                "frames_per_s": len(latencies) / sum(lap["seconds"] for lap in self.laps),
+                "cpu_ms_per_frame": 1e3 * sum(lap["cpu_s"] for lap in self.laps) / len(latencies),
+                "latency_ms": quantile, "rss_mb": self.laps[-1]["rss_mb"], **self.engine}
+
+    def end(self):
+        self.program.kill()
+        self.program.wait()
+        self.program.stdout.close()
+        self.log.close()
 
 
 def make_clip():
@@ -84,10 +147,10 @@ def decode_cpu_s(clip, frames):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def bare_decode(clip, frames):
+def bare_decode(clip):
     """By a difference, so that the start of the process is not in it."""
     few = 30
-    return {"cpu_ms_per_frame": 1e3 * (decode_cpu_s(clip, few + frames) - decode_cpu_s(clip, few)) / frames}
+    return {"cpu_ms_per_frame": 1e3 * (decode_cpu_s(clip, few + DECODED) - decode_cpu_s(clip, few)) / DECODED}
 
 
 def openvino_folder(model):
@@ -105,15 +168,13 @@ def openvino_folder(model):
 
 
 def contenders(args, clip):
-    """Name -> one run, in the order of the table."""
-    here = [sys.executable]
-    usual = ["--clip", clip, "--frames", args.frames]
+    """Name -> its start, in the order of the table."""
+    usual = ["--clip", clip, "--lap", LAP, "--model"]
 
     def noblink(model, provider, library):
-        env = {"ORT_DYLIB_PATH": library} if library else None
-        return lambda: json_of([args.noblink, "bench", "pipeline", "--json", "--model", model, "--source",
-                                f"file://{clip}", "--provider", provider, "--threads", args.threads,
-                                "--frames", args.frames], env)
+        return lambda: Contender(
+            [args.noblink, "bench", "pipeline", "--model", model, "--source", f"file://{clip}", "--provider", provider,
+             "--threads", args.threads, "--lap", LAP], {"ORT_DYLIB_PATH": library} if library else None)
 
     found = {}
     for provider in args.provider:
@@ -121,17 +182,12 @@ def contenders(args, clip):
         found[f"noblink, {provider}"] = noblink(args.model, provider, library)
         if args.int8:
             found[f"noblink, {provider}, int8"] = noblink(args.int8, provider, library)
-    plain = [*here, HERE / "python_onnxruntime.py", "--model", args.model, *usual, "--threads", args.threads]
-    found["Python, ONNX Runtime"] = lambda: json_of(plain)
-    ultralytics = [*here, HERE / "ultralytics_predict.py", *usual, "--model"]
-    found["Ultralytics, ONNX"] = lambda: json_of([*ultralytics, args.model])
-
-    def with_openvino():
-        return json_of([*ultralytics, openvino_folder(args.model)])
-
-    found["Ultralytics, OpenVINO"] = with_openvino
-    found["bare run"] = lambda: json_of([*plain, "--bare"])
-    found["bare decoding"] = lambda: bare_decode(clip, args.frames)
+    plain = [sys.executable, HERE / "python_onnxruntime.py", "--threads", args.threads, *usual, args.model]
+    found["Python, ONNX Runtime"] = lambda: Contender(plain)
+    ultralytics = [sys.executable, HERE / "ultralytics_predict.py", *usual]
+    found["Ultralytics, ONNX"] = lambda: Contender([*ultralytics, args.model])
+    found["Ultralytics, OpenVINO"] = lambda: Contender([*ultralytics, openvino_folder(args.model)])
+    found["bare run"] = lambda: Contender([*plain, "--bare"])
     return found
 
 
@@ -144,28 +200,49 @@ def measure(args, clip):
     """By contender the figures of each round; and why some have none."""
     found, missing, rounds = contenders(args, clip), {}, {}
     for name in args.only or []:
-        if name not in found:
-            fail(f"--only {name}: there are {', '.join(found)}")
-    found = {name: run for name, run in found.items() if name in (args.only or found)}
+        if name not in [*found, DECODING]:
+            fail(f"--only {name}: there are {', '.join([*found, DECODING])}")
+    decoding = DECODING in (args.only or [DECODING])
+    found = {name: start for name, start in found.items() if name in (args.only or found)}
     for name in found:
         gone = [m for m in WANTED.get(name, []) if importlib.util.find_spec(m) is None]
         if gone:
             missing[name] = f"this Python has no {', '.join(gone)} (PYTHON=… make bench)"
     for number in range(args.rounds):
         names = [n for n in found if n not in missing]
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        running = {}
+
+        def attempt(name, step):
             try:
-                figures = found[name]()
-            except (NotMeasured, subprocess.TimeoutExpired) as why:
+                return step()
+            except NotMeasured as why:
                 missing[name] = str(why).replace(f"{ROOT}/", "").rstrip(".")
                 rounds.pop(name, None)
                 print(f"  {name}: NOT MEASURED, {why}", flush=True)
-                continue
-            rounds.setdefault(name, []).append(figures)
-            speed = f"{figures['frames_per_s']:7.2f} frames/s, " if "frames_per_s" in figures else ""
-            cpu = figures["cpu_ms_per_frame"]
-            print(f"  round {number + 1}  {name:<24}{speed}{cpu:7.2f} ms of CPU a frame", flush=True)
+                if name in running:
+                    running.pop(name).end()
+
+        try:
+            for name in names:
+                started = attempt(name, found[name])
+                if started:
+                    running[name] = started
+            for turn in range(args.turns):
+                names = [n for n in names if n in running]
+                first = turn % max(1, len(names))
+                for name in names[first:] + names[:first]:
+                    attempt(name, lambda: running[name].turn(LAPS))
+            figures = {name: contender.figures() for name, contender in running.items()}
+        finally:
+            for contender in running.values():
+                contender.end()
+        if decoding and DECODING not in missing:
+            figures[DECODING] = attempt(DECODING, lambda: bare_decode(clip))
+        for name, of in figures.items():
+            if of:
+                rounds.setdefault(name, []).append(of)
+                speed = f"{of['frames_per_s']:7.2f} frames/s, " if "frames_per_s" in of else ""
+                print(f"  round {number + 1}  {name:<24}{speed}{of['cpu_ms_per_frame']:7.2f} ms of CPU a frame", flush=True)
     return rounds, missing
 
 
@@ -193,8 +270,8 @@ def compare(rounds):
     for one in ours[1:]:
         add(f"frames/s: {one} / {ours[0]}",
             [a["frames_per_s"] / b["frames_per_s"] for a, b in zip(rounds[one], rounds[ours[0]])])
-    if {"noblink, cpu", "bare run", "bare decoding"} <= rounds.keys():
-        three = zip(rounds["noblink, cpu"], rounds["bare run"], rounds["bare decoding"])
+    if {"noblink, cpu", "bare run", DECODING} <= rounds.keys():
+        three = zip(rounds["noblink, cpu"], rounds["bare run"], rounds[DECODING])
         add("CPU a frame: noblink, cpu / (bare run + bare decoding)",
             [a["cpu_ms_per_frame"] / (b["cpu_ms_per_frame"] + c["cpu_ms_per_frame"]) for a, b, c in three])
     return said
@@ -232,8 +309,7 @@ def markdown(result, figure):
     m = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     lines = [f"{m['date']}, {m['cpu']}; load before: {m['load_before']}. {versions}.",
-             f"`{result['model']}` on `{result['clip']}`, {result['rounds']} rounds of {result['frames']} frames "
-             "in turns; medians.", "",
+             f"`{result['model']}` on `{result['clip']}`, {result['rounds']} rounds of {result['turns']} turns; medians.", "",
              "| | frames/s | CPU a frame, ms | latency p50, ms | p99, ms | memory, MB |", "|---|---|---|---|---|---|"]
     for name, runs in result["runs"].items():
         cells = [median_of(runs, "frames_per_s"), median_of(runs, "cpu_ms_per_frame"),
@@ -264,10 +340,9 @@ def main():
     parser.add_argument("--clip", type=Path, help="default: the demo's, scaled up to 1080p30 H.264")
     parser.add_argument("--provider", action="append", metavar="NAME[=LIBRARY]",
                         help="of noblink; may be given again; LIBRARY is the ONNX Runtime to use (default: cpu)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="a contender by its name in the table; again for "
-                        "more: many short rounds of a few tell more on a noisy machine than few of all")
+    parser.add_argument("--only", action="append", metavar="NAME", help="a contender by its name in the table; again for more")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--turns", type=int, default=8, help=f"of {LAPS * LAP} s, of each contender in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--noblink", type=Path, default=ROOT / "target/release/noblink")
     parser.add_argument("--docs", action="store_true", help="write table and plot into docs/ as well")
@@ -290,7 +365,7 @@ def main():
     if not any(name.startswith("noblink") for name in rounds):
         fail(f"noblink was not measured: {missing}")
     result = {"machine": machine(args, rounds), "model": args.model.name, "clip": clip.name, "rounds": args.rounds,
-              "frames": args.frames, "runs": rounds, "ratios": compare(rounds), "not_measured": missing}
+              "turns": args.turns, "runs": rounds, "ratios": compare(rounds), "not_measured": missing}
     (OUT / "peers.json").write_text(json.dumps(result, indent=1))
     bars = [(name, median_of(runs, "frames_per_s"), median_of(runs, "cpu_ms_per_frame"))
             for name, runs in rounds.items()]

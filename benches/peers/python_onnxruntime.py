@@ -17,7 +17,7 @@ GREY, CONFIDENCE, IOU = (114, 114, 114), 0.25, 0.7
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
 parser.add_argument("--clip", required=True)
-parser.add_argument("--frames", type=int, required=True)
+parser.add_argument("--lap", type=float, required=True)
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--bare", action="store_true")
 args = parser.parse_args()
@@ -30,7 +30,8 @@ options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
 session = onnxruntime.InferenceSession(args.model, options, providers=["CPUExecutionProvider"])
 entry, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 height, width = session.get_inputs()[0].shape[2:]
-window = Window(args.frames)
+window = Window(args.lap, versions={"onnxruntime": onnxruntime.__version__, "opencv": cv2.__version__,
+                                   "numpy": np.__version__})
 
 
 def letterbox(picture):
@@ -65,7 +66,7 @@ def bare():
     binding = session.io_binding()
     binding.bind_cpu_input(entry, tensor)
     binding.bind_output(output)
-    while window.open():
+    while True:
         began = time.perf_counter()
         session.run_with_iobinding(binding)
         window.frame(time.perf_counter() - began)
@@ -73,7 +74,7 @@ def bare():
 
 def follow():
     clip = cv2.VideoCapture(args.clip)
-    while window.open():
+    while True:
         there, picture = clip.read()
         if not there:
             clip.set(cv2.CAP_PROP_POS_FRAMES, 0)
@@ -84,4 +85,3 @@ def follow():
 
 
 bare() if args.bare else follow()
-window.tell(versions={"onnxruntime": onnxruntime.__version__, "opencv": cv2.__version__, "numpy": np.__version__})

@@ -40,7 +40,10 @@ pub(super) fn run(command: Command) -> Outcome {
     match command {
         Command::Load(args) => show(args.json, &load::run(&args)?),
         Command::Cameras(args) => Ok(cameras::serve(&args)?),
-        Command::Pipeline(args) => show(args.json, &pipeline::run(args)?),
+        Command::Pipeline(args) => match args.lap {
+            Some(seconds) => Ok(pipeline::laps(&args, seconds)?),
+            None => show(args.json, &pipeline::run(&args)?),
+        },
         Command::Swap(args) => show(args.json, &swap::run(&args)?),
         Command::Page(args) => show(args.json, &page::run(&args)?),
         Command::Viewers(args) => Ok(page::viewers(&args)?),

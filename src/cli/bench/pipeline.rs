@@ -2,8 +2,12 @@
 //! is inferred. Beside it, bare decoding, and bare runs of the model with a frame decoded for each
 //! of them, so that what the rest costs can be told: a model that shares caches and cores with a
 //! decoder takes more CPU time than one alone, which is not the rest's doing.
+//!
+//! With `--lap` it goes on until nobody reads what it prints, so that a script can let several
+//! programs take turns, all but one of them standing still (`benches/peers/compare.py`).
 
 use std::fmt;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,12 +19,12 @@ use serde::Serialize;
 
 use super::super::tune;
 use super::quantiles;
-use crate::app::OUTBOX;
+use crate::app::{OUTBOX, now_us};
 use crate::camera::source::Source;
 use crate::camera::{Camera, State};
 use crate::config::{self, Inference, Models, Provider, Publish};
 use crate::host::Host;
-use crate::meter::Meter;
+use crate::meter::{Meter, Outcome};
 use crate::model::contract::Overrides;
 use crate::model::engine::{EngineOptions, Model};
 use crate::model::options::Setting;
@@ -56,6 +60,9 @@ pub(in crate::cli) struct Args {
     /// Print JSON
     #[arg(long)]
     pub(super) json: bool,
+    /// Go on and on, and print a line of JSON for each so many seconds
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["json", "frames"], value_parser = clap::value_parser!(u16).range(1..=60))]
+    pub(super) lap: Option<u16>,
 }
 
 /// What was measured. The JSON's names are fixed: scripts read them.
@@ -63,11 +70,8 @@ pub(in crate::cli) struct Args {
 pub(super) struct Report {
     model: String,
     source: String,
-    provider: &'static str,
-    bf16: bool,
-    runtime: String,
-    threads: usize,
-    cores: Vec<usize>,
+    #[serde(flatten)]
+    engine: Engine,
     frames: u32,
     frames_per_s: f64,
     cpu_ms_per_frame: f64,
@@ -83,6 +87,28 @@ pub(super) struct Report {
     rss_mb: f64,
 }
 
+/// By what the model ran.
+#[derive(Debug, Serialize)]
+struct Engine {
+    provider: &'static str,
+    bf16: bool,
+    runtime: String,
+    threads: usize,
+    cores: Vec<usize>,
+}
+
+/// A stretch of frames, from the result of one to that of another.
+#[derive(Debug, Serialize)]
+struct Lap {
+    /// Seconds since 1970: a lap in which the process stood still can be told by it.
+    began: f64,
+    seconds: f64,
+    cpu_s: f64,
+    /// Of each frame, as in the report.
+    latency_ms: Vec<f64>,
+    rss_mb: f64,
+}
+
 /// Means: CPU time for `decode`, which goes on beside the rest, wall time for the others.
 #[derive(Debug, Serialize)]
 struct BenchStages {
@@ -94,11 +120,11 @@ struct BenchStages {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "model      {}, {} frames of {}", self.model, self.frames, self.source)?;
-        let bf16 = if self.bf16 { " in bf16" } else { "" };
+        let Engine { provider, bf16, runtime, threads, cores } = &self.engine;
+        let bf16 = if *bf16 { " in bf16" } else { "" };
         writeln!(
             f,
-            "engine     ONNX Runtime {}, {}{bf16}, {} threads on cores {:?}\n",
-            self.runtime, self.provider, self.threads, self.cores
+            "engine     ONNX Runtime {runtime}, {provider}{bf16}, {threads} threads on cores {cores:?}\n",
         )?;
         let s = &self.stages_ms;
         for (stage, ms) in [
@@ -124,33 +150,60 @@ impl fmt::Display for Report {
 
 /// Frames that go by before the clock starts.
 const WARM_UP: u64 = 20;
+/// Between two looks at the ledger.
+const NAP: Duration = Duration::from_millis(2);
 /// Runs of the model with nothing but decoding beside them, twice.
 const BARE_RUNS: u32 = 30;
 /// No frame for so long: the clip does not play.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-pub(super) fn run(args: Args) -> anyhow::Result<Report> {
+/// What is measured.
+struct Subject {
+    name: String,
+    model: Arc<Model>,
+    engine: Engine,
+}
+
+impl Subject {
+    fn open(args: &Args) -> anyhow::Result<Self> {
+        let file = args.model.clone().map_or_else(|| assets::find("models/plates-v1.onnx"), Ok)?;
+        let threads = usize::from(args.threads);
+        let (library, setting) = engine(args.provider.as_str(), threads, &file)?;
+        let cores = affinity::choose(threads);
+        affinity::pin(&cores).map_err(|e| anyhow!(e))?;
+        let runtime = Runtime::load(library.as_deref())?;
+        let options = EngineOptions { setting, ..EngineOptions::default() };
+        let model = Model::open(&runtime, &file, &options, &Overrides::default())?;
+        Ok(Self {
+            name: format!("{} version {}", model.identity().id, model.identity().version),
+            model: Arc::new(model),
+            engine: Engine {
+                provider: setting.provider.name(),
+                bf16: setting.bf16,
+                runtime: runtime.version().to_owned(),
+                threads: setting.threads,
+                cores,
+            },
+        })
+    }
+}
+
+fn source(args: &Args) -> anyhow::Result<Source> {
     gst::init().context("GStreamer can't be initialised")?;
-    let model = args.model.clone().map_or_else(|| assets::find("models/plates-v1.onnx"), Ok)?;
     let url = match &args.source {
         Some(url) => url.clone(),
         None => format!("file://{}", assets::find("models/clips/line-a.mp4")?.display()),
     };
-    let source = Source::parse(&url).map_err(|e| anyhow!("--source {e}"))?;
-    let threads = usize::from(args.threads);
-    let (library, setting) = engine(args.provider.as_str(), threads, &model)?;
-    let cores = affinity::choose(threads);
-    let frames = u64::from(args.frames);
+    Source::parse(&url).map_err(|e| anyhow!("--source {e}"))
+}
 
+pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
+    let source = source(args)?;
+    let frames = u64::from(args.frames);
     let decode_cpu_ms = bare_decode(&source, frames)?;
-    affinity::pin(&cores).map_err(|e| anyhow!(e))?;
-    let runtime = Runtime::load(library.as_deref())?;
-    let options = EngineOptions { setting, ..EngineOptions::default() };
-    let model = Model::open(&runtime, &model, &options, &Overrides::default())?;
-    let model = Arc::new(model);
+    let Subject { name, model, engine } = Subject::open(args)?;
     let bare_before_ms = bare_runs(&source, &model)?;
 
-    let name = format!("{} version {}", model.identity().id, model.identity().version);
     let bench = Bench::start(&source, Some(Arc::clone(&model)))?;
     bench.wait_until(|l| l.inferred, WARM_UP)?;
     bench.meter.take_window();
@@ -160,8 +213,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     let (wall_s, cpu_s) = (wall.elapsed().as_secs_f64(), host::cpu_seconds() - cpu_s);
     let done = bench.intake.snapshot()[0].ledger.inferred - before;
     let window = bench.meter.take_window();
-    let results = bench.meter.results(wall).concat();
-    let work = results.iter().map(|r| r.total.saturating_sub(r.queue).as_secs_f64() * 1e3);
+    let work = work_ms(&bench.meter.results(wall).concat());
     let rss_mb = Host::read(cpu_s, wall_s).rss_mb;
     bench.stop();
     // Before and after: a neighbour that comes or goes would be taken for what the rest costs.
@@ -171,11 +223,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
     Ok(Report {
         model: name,
         source: source.to_string(),
-        provider: setting.provider.name(),
-        bf16: setting.bf16,
-        runtime: runtime.version().to_owned(),
-        threads: setting.threads,
-        cores,
+        engine,
         frames: args.frames,
         frames_per_s: rounded(done as f64 / wall_s, 2),
         cpu_ms_per_frame: rounded(cpu_ms, 3),
@@ -186,9 +234,44 @@ pub(super) fn run(args: Args) -> anyhow::Result<Report> {
             decode: rounded(decode_cpu_ms, 3),
             worker: window.stages.context("no frame was inferred in the window")?,
         },
-        latency_ms: quantiles(work.collect())?,
+        latency_ms: quantiles(work)?,
         rss_mb,
     })
+}
+
+/// From a frame's turn to its record.
+fn work_ms(results: &[Outcome]) -> Vec<f64> {
+    let work = |r: &Outcome| r.total.saturating_sub(r.queue).as_secs_f64() * 1e3;
+    results.iter().map(|r| rounded(work(r), 3)).collect()
+}
+
+/// By what the model runs, then lap after lap, a line each, until nobody reads them.
+pub(super) fn laps(args: &Args, seconds: u16) -> anyhow::Result<()> {
+    let source = source(args)?;
+    let Subject { model, engine, .. } = Subject::open(args)?;
+    let mut out = std::io::stdout();
+    writeln!(out, "{}", serde_json::to_string(&engine)?)?;
+    let bench = Bench::start(&source, Some(model))?;
+    bench.wait_until(|l| l.inferred, WARM_UP)?;
+    loop {
+        let (began, from, cpu_s) = (now_us() as f64 / 1e6, Instant::now(), host::cpu_seconds());
+        std::thread::sleep(Duration::from_secs(seconds.into()));
+        let done = bench.intake.snapshot()[0].ledger.inferred;
+        bench.wait_until(|l| l.inferred, done + 1)?;
+        let (used, seconds) = (host::cpu_seconds() - cpu_s, from.elapsed().as_secs_f64());
+        let lap = Lap {
+            began,
+            seconds,
+            cpu_s: used,
+            latency_ms: work_ms(&bench.meter.results(from).concat()),
+            rss_mb: Host::read(cpu_s, seconds).rss_mb,
+        };
+        if writeln!(out, "{}", serde_json::to_string(&lap)?).is_err() {
+            break;
+        }
+    }
+    bench.stop();
+    Ok(())
 }
 
 /// The library to load and how sessions are built.
@@ -263,7 +346,8 @@ fn settings(source: &Source) -> config::Camera {
         publish_max_hz: None,
         snapshot_interval_s: None,
         queue: 4,
-        stall_timeout_s: 10.0,
+        // `PATIENCE` is over earlier, and between the turns of `--lap` nothing moves.
+        stall_timeout_s: 3600.0,
         color: None,
         realtime: false,
         repeat: true,
@@ -320,18 +404,20 @@ impl Bench {
 
     /// Waits until a count of the ledger has come this far.
     fn wait_until(&self, count: impl Fn(&queue::Ledger) -> u64, goal: u64) -> anyhow::Result<()> {
-        let (mut last, mut since) = (0, Instant::now());
+        // Counted in naps: no time passes while the process stands still.
+        let (mut last, mut waited) = (0, Duration::ZERO);
         loop {
             let now = count(&self.intake.snapshot()[0].ledger);
             if now >= goal {
                 return Ok(());
             }
             if now > last {
-                (last, since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE || self.camera.status().state == State::Backoff {
+                (last, waited) = (now, Duration::ZERO);
+            } else if waited > PATIENCE || self.camera.status().state == State::Backoff {
                 bail!(silent(&self.camera));
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(NAP);
+            waited += NAP;
         }
     }
 
