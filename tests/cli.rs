@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use noblink::rtsp::{self, RtspServer};
 use serde_json::Value;
 
+use crate::harness::free_port;
 use crate::harness::service::{Service, config, noblink, noblink_output, plates, shipped};
 
 fn text(bytes: &[u8]) -> String {
@@ -206,7 +207,9 @@ fn a_reader_that_leaves_is_no_failure() {
 #[test]
 fn without_onnx_runtime_status_says_so() {
     let missing = "[inference]\nlibrary = \"/nowhere/libonnxruntime.so\"\n";
-    let text = config("embedded = true", &[("gate", "test://", "")], missing);
+    // The demo of another test may have the usual port.
+    let mqtt = format!("embedded = true\nembedded_port = {}", free_port());
+    let text = config(&mqtt, &[("gate", "test://", "")], missing);
     let dir = tempfile::tempdir().unwrap();
     // Nothing else makes this folder before the control socket needs it.
     let run = dir.path().join("run").to_str().unwrap().to_owned();
