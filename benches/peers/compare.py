@@ -196,6 +196,30 @@ WANTED = {"Python, ONNX Runtime": ["onnxruntime", "cv2", "numpy"], "bare run": [
           "Ultralytics, OpenVINO": ["ultralytics", "openvino", "onnx"]}
 
 
+def take_turns(starts, turns, failed):
+    """The figures of all that are started and keep going; of the others `failed` hears."""
+    running = {}
+    try:
+        for name, start in starts.items():
+            try:
+                running[name] = start()
+            except NotMeasured as why:
+                failed(name, why)
+        for turn in range(turns):
+            names = list(running)
+            first = turn % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                try:
+                    running[name].turn(LAPS)
+                except NotMeasured as why:
+                    running.pop(name).end()
+                    failed(name, why)
+        return {name: contender.figures() for name, contender in running.items()}
+    finally:
+        for contender in running.values():
+            contender.end()
+
+
 def measure(args, clip):
     """By contender the figures of each round; and why some have none."""
     found, missing, rounds = contenders(args, clip), {}, {}
@@ -208,41 +232,25 @@ def measure(args, clip):
         gone = [m for m in WANTED.get(name, []) if importlib.util.find_spec(m) is None]
         if gone:
             missing[name] = f"this Python has no {', '.join(gone)} (PYTHON=… make bench)"
+
+    def failed(name, why):
+        missing[name] = str(why).replace(f"{ROOT}/", "").rstrip(".")
+        rounds.pop(name, None)
+        print(f"  {name}: NOT MEASURED, {why}", flush=True)
+
     for number in range(args.rounds):
-        names = [n for n in found if n not in missing]
-        running = {}
-
-        def attempt(name, step):
-            try:
-                return step()
-            except NotMeasured as why:
-                missing[name] = str(why).replace(f"{ROOT}/", "").rstrip(".")
-                rounds.pop(name, None)
-                print(f"  {name}: NOT MEASURED, {why}", flush=True)
-                if name in running:
-                    running.pop(name).end()
-
-        try:
-            for name in names:
-                started = attempt(name, found[name])
-                if started:
-                    running[name] = started
-            for turn in range(args.turns):
-                names = [n for n in names if n in running]
-                first = turn % max(1, len(names))
-                for name in names[first:] + names[:first]:
-                    attempt(name, lambda: running[name].turn(LAPS))
-            figures = {name: contender.figures() for name, contender in running.items()}
-        finally:
-            for contender in running.values():
-                contender.end()
+        starts = {name: start for name, start in found.items() if name not in missing}
+        figures = take_turns(starts, args.turns, failed)
         if decoding and DECODING not in missing:
-            figures[DECODING] = attempt(DECODING, lambda: bare_decode(clip))
+            try:
+                figures[DECODING] = bare_decode(clip)
+            except NotMeasured as why:
+                failed(DECODING, why)
         for name, of in figures.items():
-            if of:
-                rounds.setdefault(name, []).append(of)
-                speed = f"{of['frames_per_s']:7.2f} frames/s, " if "frames_per_s" in of else ""
-                print(f"  round {number + 1}  {name:<24}{speed}{of['cpu_ms_per_frame']:7.2f} ms of CPU a frame", flush=True)
+            rounds.setdefault(name, []).append(of)
+            speed = f"{of['frames_per_s']:7.2f} frames/s, " if "frames_per_s" in of else ""
+            cpu = of["cpu_ms_per_frame"]
+            print(f"  round {number + 1}  {name:<24}{speed}{cpu:7.2f} ms of CPU a frame", flush=True)
     return rounds, missing
 
 

@@ -83,7 +83,7 @@ impl ToRgb {
         }
     }
 
-    /// Converts a row whose chroma, as [`adds`](Self::adds) made it, is of one sample for two pixels.
+    /// Converts a row whose chroma, as [`adds`](Self::adds) made it, has a sample for two pixels.
     #[inline(always)]
     pub(super) fn pairs<K: Kernels>(
         &self,

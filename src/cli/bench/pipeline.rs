@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -61,7 +61,12 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     pub(super) json: bool,
     /// Go on and on, and print a line of JSON for each so many seconds
-    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["json", "frames"], value_parser = clap::value_parser!(u16).range(1..=60))]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        conflicts_with_all = ["json", "frames"],
+        value_parser = clap::value_parser!(u16).range(1..=60)
+    )]
     pub(super) lap: Option<u16>,
 }
 
@@ -157,6 +162,38 @@ const BARE_RUNS: u32 = 30;
 /// No frame for so long: the clip does not play.
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// What was asked for.
+struct Choice {
+    file: PathBuf,
+    /// The library to load.
+    library: Option<PathBuf>,
+    /// How sessions are built.
+    setting: Setting,
+    cores: Vec<usize>,
+}
+
+impl Choice {
+    fn of(args: &Args) -> anyhow::Result<Self> {
+        let file = args.model.clone().map_or_else(|| assets::find("models/plates-v1.onnx"), Ok)?;
+        let (provider, threads) = (args.provider.as_str(), usize::from(args.threads));
+        let auto = provider == "auto";
+        let named = Provider::parse(provider).filter(|_| !auto);
+        if named.is_none() && !auto {
+            bail!("--provider {provider}: cpu, openvino, cuda, tensorrt or auto");
+        }
+        let inference = Inference { provider: named, threads, ..Inference::default() };
+        let (library, setting) = if auto {
+            let bytes = std::fs::read(&file).with_context(|| file.display().to_string())?;
+            let digest = Digest::of(&bytes);
+            let table = tune::measured(&file, digest, &inference, &Models::default(), LASTS)?;
+            (Some(table.chosen.library), table.chosen.setting)
+        } else {
+            (library_for(&inference), Setting::of(&inference))
+        };
+        Ok(Self { file, library, setting, cores: affinity::choose(threads) })
+    }
+}
+
 /// What is measured.
 struct Subject {
     name: String,
@@ -165,11 +202,7 @@ struct Subject {
 }
 
 impl Subject {
-    fn open(args: &Args) -> anyhow::Result<Self> {
-        let file = args.model.clone().map_or_else(|| assets::find("models/plates-v1.onnx"), Ok)?;
-        let threads = usize::from(args.threads);
-        let (library, setting) = engine(args.provider.as_str(), threads, &file)?;
-        let cores = affinity::choose(threads);
+    fn open(Choice { file, library, setting, cores }: Choice) -> anyhow::Result<Self> {
         affinity::pin(&cores).map_err(|e| anyhow!(e))?;
         let runtime = Runtime::load(library.as_deref())?;
         let options = EngineOptions { setting, ..EngineOptions::default() };
@@ -198,10 +231,11 @@ fn source(args: &Args) -> anyhow::Result<Source> {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
-    let source = source(args)?;
+    let (source, choice) = (source(args)?, Choice::of(args)?);
     let frames = u64::from(args.frames);
+    // Before this thread, and with it the decoder's, is pinned.
     let decode_cpu_ms = bare_decode(&source, frames)?;
-    let Subject { name, model, engine } = Subject::open(args)?;
+    let Subject { name, model, engine } = Subject::open(choice)?;
     let bare_before_ms = bare_runs(&source, &model)?;
 
     let bench = Bench::start(&source, Some(Arc::clone(&model)))?;
@@ -248,7 +282,7 @@ fn work_ms(results: &[Outcome]) -> Vec<f64> {
 /// By what the model runs, then lap after lap, a line each, until nobody reads them.
 pub(super) fn laps(args: &Args, seconds: u16) -> anyhow::Result<()> {
     let source = source(args)?;
-    let Subject { model, engine, .. } = Subject::open(args)?;
+    let Subject { model, engine, .. } = Subject::open(Choice::of(args)?)?;
     let mut out = std::io::stdout();
     writeln!(out, "{}", serde_json::to_string(&engine)?)?;
     let bench = Bench::start(&source, Some(model))?;
@@ -272,26 +306,6 @@ pub(super) fn laps(args: &Args, seconds: u16) -> anyhow::Result<()> {
     }
     bench.stop();
     Ok(())
-}
-
-/// The library to load and how sessions are built.
-fn engine(
-    provider: &str,
-    threads: usize,
-    model: &Path,
-) -> anyhow::Result<(Option<PathBuf>, Setting)> {
-    let auto = provider == "auto";
-    let named = Provider::parse(provider).filter(|_| !auto);
-    if named.is_none() && !auto {
-        bail!("--provider {provider}: cpu, openvino, cuda, tensorrt or auto");
-    }
-    let inference = Inference { provider: named, threads, ..Inference::default() };
-    if !auto {
-        return Ok((library_for(&inference), Setting::of(&inference)));
-    }
-    let digest = Digest::of(&std::fs::read(model).with_context(|| model.display().to_string())?);
-    let table = tune::measured(model, digest, &inference, &Models::default(), LASTS)?;
-    Ok((Some(table.chosen.library), table.chosen.setting))
 }
 
 /// CPU time of decoding one frame, with nothing else going on: there is no model, so the worker
