@@ -21,6 +21,7 @@ use crate::config::{self, Config, External, Invalid};
 use crate::control;
 use crate::counts::Counts;
 use crate::fleet::{self, Changes, Fleet};
+use crate::guest::Guest;
 use crate::homeassistant::HomeAssistant;
 use crate::meter::Meter;
 use crate::model::engine::Model;
@@ -400,6 +401,11 @@ impl App {
     /// What the worker measures.
     pub fn meter(&self) -> &Meter {
         &self.meter
+    }
+
+    /// The place beside the worker.
+    pub fn guest(&self) -> &Guest {
+        &self.pulse.guest
     }
 
     /// The topics of this device.

@@ -7,6 +7,8 @@
 //!
 //! On a box that never comes to the end of its frames it would stand still for ever. After
 //! [`SPELL_MAX`] without a pause it goes on, at its low priority, until there is one.
+//!
+//! What that costs the frames shows when it is made to stand still in between ([`Guest::hold`]).
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -37,6 +39,8 @@ struct Seat {
     process: OwnedFd,
     /// Since when the worker has had frames without a pause.
     spell: Option<Instant>,
+    /// Frames or not.
+    held: bool,
     still: bool,
 }
 
@@ -61,7 +65,7 @@ impl Guest {
         // SAFETY: it was opened just now, and nobody else knows it.
         let process = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         let id = child.id();
-        *self.lock() = Some(Seat { id, process, spell: None, still: false });
+        *self.lock() = Some(Seat { id, process, spell: None, held: false, still: false });
         self.taken.store(true, Ordering::Relaxed);
         Ok(Stay { guest: self, id })
     }
@@ -95,15 +99,30 @@ impl Guest {
             && let Some(seat) = &mut *seat
         {
             let still = still(seat);
-            if still != seat.still {
-                seat.signal(if still { libc::SIGSTOP } else { libc::SIGCONT });
-                seat.still = still;
-            }
+            seat.stand(still || seat.held);
         }
+    }
+
+    /// Makes it stand still, frames or not, until it is let go. Whether somebody stands still by that.
+    pub fn hold(&self, held: bool) -> bool {
+        let mut seat = self.lock();
+        let Some(seat) = &mut *seat else { return false };
+        if held != seat.held {
+            seat.held = held;
+            seat.stand(held);
+        }
+        held
     }
 }
 
 impl Seat {
+    fn stand(&mut self, still: bool) {
+        if still != self.still {
+            self.signal(if still { libc::SIGSTOP } else { libc::SIGCONT });
+            self.still = still;
+        }
+    }
+
     fn signal(&self, signal: libc::c_int) {
         let nothing = std::ptr::null::<libc::siginfo_t>();
         let fd = self.process.as_raw_fd();
@@ -170,12 +189,19 @@ mod tests {
         guest.hush();
         assert!(!stopped(&child), "until there is a pause");
         guest.resume();
+        assert!(guest.hold(true));
+        becomes(&child, true);
+        guest.hush();
+        guest.resume();
+        assert!(stopped(&child), "it is held");
+        assert!(!guest.hold(false));
+        becomes(&child, false);
         guest.hush();
         becomes(&child, true);
         drop(stay);
         becomes(&child, false);
         guest.hush();
-        assert!(!stopped(&child), "it has left");
+        assert!(!stopped(&child) && !guest.hold(true), "it has left");
         child.kill().expect("it is ours");
         child.wait().expect("it was killed");
     }

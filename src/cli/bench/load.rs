@@ -1,6 +1,8 @@
 //! `noblink bench load`: as many cameras as are asked for, over real RTSP, and the whole service:
 //! frames a second, from arrival to event, who gets how much, what a frame costs. With `--update`
-//! also what an update does to all that, from its command to the end of its job.
+//! also what an update does to all that, from its command to the end of its job: its proving child is
+//! made to stand still every other [`TURN`], and the frames of both are compared. What a shared machine
+//! gives moves by more, within a job, than an update takes.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,9 +14,15 @@ use serde::Serialize;
 use super::cameras::{self, Cameras};
 use super::service::{Seen, Service};
 use super::{SETTLED, quantiles};
+use crate::guest::Guest;
 use crate::records::{Quantiles, rounded};
 use crate::update::job::Ratio;
 use crate::{assets, demo, host};
+
+/// For how long the proving child goes on, and then stands still.
+const TURN: Duration = Duration::from_secs(2);
+/// Left out where one becomes the other: frames that belong to both.
+const CHANGE: Duration = Duration::from_millis(250);
 
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Args {
@@ -36,7 +44,7 @@ pub(in crate::cli) struct Args {
     /// Seconds to measure
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(5..=3600))]
     seconds: u32,
-    /// Update to this model and back, over and over, for as long again
+    /// Update to this model and back, twice at least, for as long again
     #[arg(long, value_name = "FILE", requires = "model")]
     update: Option<PathBuf>,
     /// Lines of TOML under `[inference]`
@@ -83,10 +91,10 @@ struct Phase {
 #[derive(Debug, Serialize)]
 struct Update {
     updates: u32,
-    /// From the commands to the end of the jobs.
+    /// From the commands to the end of the jobs, but for what follows.
     during: Phase,
-    /// Between two jobs.
-    between: Phase,
+    /// While the proving child stood still.
+    still: Phase,
     frames_per_s_ratio: f64,
     p99_ratio: f64,
 }
@@ -98,17 +106,20 @@ impl fmt::Display for Report {
         writeln!(f, "first result after {:.0} ms\n", self.first_result_ms)?;
         let mut phases = vec![("steady", &self.steady)];
         if let Some(update) = &self.update {
-            phases.extend([("between updates", &update.between), ("during", &update.during)]);
+            phases.extend([
+                ("child stands still", &update.still),
+                ("during updates", &update.during),
+            ]);
         }
         writeln!(
             f,
-            "{:<18}{:>9}{:>12}{:>12}{:>13}{:>9}{:>9}",
+            "{:<20}{:>9}{:>12}{:>12}{:>13}{:>9}{:>9}",
             "", "seconds", "frames/s", "model, ms", "latency p50", "p99", "max"
         )?;
         for (name, p) in phases {
             writeln!(
                 f,
-                "{name:<18}{:>9.1}{:>12.2}{:>12.2}{:>13.2}{:>9.2}{:>9.2}",
+                "{name:<20}{:>9.1}{:>12.2}{:>12.2}{:>13.2}{:>9.2}{:>9.2}",
                 p.seconds,
                 p.frames_per_s,
                 p.inference_ms.p50,
@@ -162,34 +173,33 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         service.results.iter().map(|camera| steady.of(camera).count() as f64).collect();
     let inferred: f64 = shares.iter().sum();
 
-    let mut during = Vec::new();
-    let mut between = Vec::new();
+    let (mut updates, mut turns) = (0, Turns::default());
     if let (Some(model), Some(update)) = (&args.model, &args.update) {
         let end = service.now() + Duration::from_secs(args.seconds.into());
         let slower = Ratio::of(1000.0);
-        while service.now() < end || during.len() < 2 {
-            let to = [update, model][during.len() % 2];
-            let from = service.now();
-            service.install(&format!("update-{}", during.len()), to, slower)?;
-            let to = service.now();
-            during.push(Span { from, to });
-            service.run_for((to - from).max(Duration::from_secs(1)));
-            between.push(Span { from: to, to: service.now() });
+        while service.now() < end || updates < 2 {
+            let to = [update, model][updates % 2];
+            turns.since = service.now();
+            service.install(&format!("update-{updates}"), to, slower, |service| {
+                turns.step(service.now(), service.demo.app.guest());
+            })?;
+            turns.change(service.now(), false);
+            updates += 1;
+            service.run_for(Duration::from_secs(1));
         }
     }
     let identity = service.demo.app.snapshot().live.map(|live| live.model.identity().clone());
     let identity = identity.context("no model runs")?;
     let (results, last) = service.stop();
-    let update = (!during.is_empty())
+    let update = (updates > 0)
         .then(|| {
-            let (during, between, updates) =
-                (phase(&during, &results)?, phase(&between, &results)?, during.len() as u32);
+            let (during, still) = (phase(&turns.going, &results)?, phase(&turns.stood, &results)?);
             anyhow::Ok(Update {
-                updates,
-                frames_per_s_ratio: rounded(during.frames_per_s / between.frames_per_s, 3),
-                p99_ratio: rounded(during.latency_ms.p99 / between.latency_ms.p99, 3),
+                updates: updates as u32,
+                frames_per_s_ratio: rounded(during.frames_per_s / still.frames_per_s, 3),
+                p99_ratio: rounded(during.latency_ms.p99 / still.latency_ms.p99, 3),
                 during,
-                between,
+                still,
             })
         })
         .transpose()?;
@@ -220,6 +230,34 @@ impl Span {
         let from = results.partition_point(|r| r.at < self.from);
         let to = results.partition_point(|r| r.at < self.to);
         results[from..to].iter()
+    }
+}
+
+/// The time of jobs, by whether the proving child stood still.
+#[derive(Default)]
+struct Turns {
+    still: bool,
+    since: Duration,
+    going: Vec<Span>,
+    stood: Vec<Span>,
+}
+
+impl Turns {
+    fn step(&mut self, now: Duration, guest: &Guest) {
+        let turn = now.as_secs() / TURN.as_secs();
+        let still = guest.hold(turn % 2 == 1);
+        if still != self.still {
+            self.change(now, still);
+        }
+    }
+
+    fn change(&mut self, now: Duration, still: bool) {
+        let spans = if self.still { &mut self.stood } else { &mut self.going };
+        let from = self.since + CHANGE;
+        if from < now {
+            spans.push(Span { from, to: now });
+        }
+        (self.still, self.since) = (still, now);
     }
 }
 

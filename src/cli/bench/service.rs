@@ -14,7 +14,7 @@ use crate::update::orders::Order;
 use crate::update::updater::Ask;
 
 /// Longest time for one job.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// The burst with which a camera starts is not what is measured.
 const SETTLING: Duration = Duration::from_secs(8);
 
@@ -109,11 +109,18 @@ impl Service {
         Ok(answer)
     }
 
-    /// Until the job is over and every camera has a result by the new epoch.
-    fn until_done(&mut self, id: &str, epoch: u32) -> anyhow::Result<()> {
+    /// Until the job is over and every camera has a result by the new epoch; `meanwhile` is called
+    /// over and over.
+    fn until_done(
+        &mut self,
+        id: &str,
+        epoch: u32,
+        mut meanwhile: impl FnMut(&Self),
+    ) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.step();
+            meanwhile(self);
             let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
             let job = desk.view().jobs.into_iter().find(|j| j.id == id);
             let over = job.as_ref().is_some_and(|j| j.state.is_terminal());
@@ -121,10 +128,12 @@ impl Service {
             if over && self.results.iter().all(seen) {
                 return Ok(());
             }
+            let state = job.as_ref().map(|j| j.state);
             if let Some(job) = job.filter(|j| over && j.state != JobState::Succeeded) {
                 return Err(anyhow!("job {id} ended {:?}: {:?}", job.state, job.reason));
             }
-            ensure!(Instant::now() < deadline, "job {id} does not end");
+            let late = Instant::now() > deadline;
+            ensure!(!late, "job {id} is not over after {PATIENCE:?}, it is {state:?}");
         }
     }
 
@@ -138,6 +147,7 @@ impl Service {
         id: &str,
         model: &Path,
         accept_slower: Option<Ratio>,
+        meanwhile: impl FnMut(&Self),
     ) -> anyhow::Result<Option<f64>> {
         let bytes = std::fs::read(model).with_context(|| model.display().to_string())?;
         let desk = self.demo.app.desk().context("ONNX Runtime is missing")?;
@@ -154,7 +164,7 @@ impl Service {
             signature: None,
             accept_slower,
         })?;
-        self.until_done(id, epoch)?;
+        self.until_done(id, epoch, meanwhile)?;
         let new = |r: &&Seen| r.epoch > epoch;
         let first = self.results.iter().filter_map(|c| c.iter().find(new)).map(|r| r.at).min();
         Ok(first.map(|at| (at - commanded).as_secs_f64() * 1e3))
@@ -163,7 +173,7 @@ impl Service {
     pub(super) fn roll_back(&mut self, id: &str) -> anyhow::Result<()> {
         let epoch = self.epoch();
         self.ask(Order::Rollback { id: id.into(), to: None })?;
-        self.until_done(id, epoch)
+        self.until_done(id, epoch, |_| {})
     }
 
     pub(super) fn stop(self) -> (Vec<Vec<Seen>>, Snapshot) {

@@ -129,7 +129,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
     let mut updates = Vec::new();
     for update in 0..args.updates {
         let model = &models[if update % 2 == 0 { 1 } else { 0 }];
-        updates.extend(bench.install(&format!("update-{update}"), model, slower)?);
+        updates.extend(bench.install(&format!("update-{update}"), model, slower, |_| {})?);
         bench.run_for(SPACING);
     }
     let mut rss_mb = Vec::new();
