@@ -121,8 +121,9 @@ fn a_camera_is_switched_over_mqtt_and_stays_off_over_a_kill() {
     let off = site.on("cameras/gate/status").pop().unwrap();
     let after = site.records("gate").split_off(told);
     assert!(after.len() <= 1, "nothing comes from a camera that is off: {after:?}");
-    let of_before = |r: &Value| r["time_us"].as_i64() <= off["since_us"].as_i64();
-    assert!(off["since_us"].is_i64() && after.iter().all(of_before), "{off}: {after:?}");
+    let us = |v: &Value| v.as_i64().expect("microseconds");
+    let of_before = |r: &Value| us(&r["time_us"]) <= us(&off["since_us"]);
+    assert!(after.iter().all(of_before), "{off}: {after:?}");
 
     for (camera, args, id, code) in [
         ("gate", &["-m", "on"][..], "wrong", "bad_command"),

@@ -179,11 +179,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Report> {
         let slower = Ratio::of(1000.0);
         while service.now() < end || updates < 2 {
             let to = [update, model][updates % 2];
-            turns.since = service.now();
+            turns.begin(service.now());
             service.install(&format!("update-{updates}"), to, slower, |service| {
                 turns.step(service.now(), service.demo.app.guest());
             })?;
-            turns.change(service.now(), false);
+            turns.end(service.now());
             updates += 1;
             service.run_for(Duration::from_secs(1));
         }
@@ -247,17 +247,22 @@ impl Turns {
         let turn = now.as_secs() / TURN.as_secs();
         let still = guest.hold(turn % 2 == 1);
         if still != self.still {
-            self.change(now, still);
+            self.end(now);
+            self.begin(now);
+            self.still = still;
         }
     }
 
-    fn change(&mut self, now: Duration, still: bool) {
+    fn begin(&mut self, now: Duration) {
+        (self.still, self.since) = (false, now);
+    }
+
+    fn end(&mut self, now: Duration) {
         let spans = if self.still { &mut self.stood } else { &mut self.going };
         let from = self.since + CHANGE;
         if from < now {
             spans.push(Span { from, to: now });
         }
-        (self.still, self.since) = (still, now);
     }
 }
 

@@ -287,12 +287,17 @@ pub(super) fn laps(args: &Args, seconds: u16) -> anyhow::Result<()> {
     writeln!(out, "{}", serde_json::to_string(&engine)?)?;
     let bench = Bench::start(&source, Some(model))?;
     bench.wait_until(|l| l.inferred, WARM_UP)?;
+    let now = || (now_us() as f64 / 1e6, Instant::now(), host::cpu_seconds());
+    let mut next = now();
     loop {
-        let (began, from, cpu_s) = (now_us() as f64 / 1e6, Instant::now(), host::cpu_seconds());
+        let (began, from, cpu_s) = next;
         std::thread::sleep(Duration::from_secs(seconds.into()));
         let done = bench.intake.snapshot()[0].ledger.inferred;
         bench.wait_until(|l| l.inferred, done + 1)?;
-        let (used, seconds) = (host::cpu_seconds() - cpu_s, from.elapsed().as_secs_f64());
+        // Who hears of this lap and stops the process stops it in the next one, never before: a lap
+        // that began with a frame half done would count all of it.
+        next = now();
+        let (used, seconds) = (next.2 - cpu_s, (next.1 - from).as_secs_f64());
         let lap = Lap {
             began,
             seconds,
