@@ -1,6 +1,7 @@
 //! A model that runs: session, buffers, and the three steps of a frame.
 //!
-//! Beside `runtime` the only file that names `ort`. What must be kept in mind about it:
+//! Beside `runtime` and `winograd::operator` the only file that names `ort`. What must be kept in
+//! mind about it:
 //!
 //! * `Session::run` is not thread-safe although ONNX Runtime says so, and takes `&mut self`. The
 //!   session lives in a mutex that only the worker takes: [`Model::runner`] is never contended.
@@ -275,6 +276,11 @@ fn session(
         true => rewrite::for_cpu(&file.bytes, &file.scan, options.setting.threads),
         false => Cow::Borrowed(&file.bytes[..]),
     };
+    #[cfg(target_arch = "x86_64")]
+    if own {
+        let registered = super::winograd::operator::register(builder);
+        builder = registered.map_err(|e| refused(file, "can't be configured", &e))?;
+    }
     let session = builder.commit_from_memory(&bytes);
     Ok(session.map_err(|e| refused(file, "does not load it", &e))?)
 }

@@ -1,5 +1,5 @@
 //! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
-//! `labels`), how it runs (`options`, `engine`, `runtime`, `rewrite`) and where the running one is
+//! `labels`), how it runs (`options`, `engine`, `runtime`, `rewrite`, `winograd`) and where the running one is
 //! found (`slot`).
 
 pub mod contract;
@@ -15,4 +15,5 @@ pub mod refusal;
 pub mod rewrite;
 pub mod runtime;
 pub mod slot;
+mod winograd;
 pub mod wire;

@@ -1,6 +1,6 @@
 //! ONNX Runtime's library: found, loaded, one environment for the life of the process.
 //!
-//! Beside `engine` the only file that names `ort`.
+//! Beside `engine` and `winograd::operator` the only file that names `ort`.
 
 use std::path::{Path, PathBuf};
 use std::ptr;

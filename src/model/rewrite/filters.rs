@@ -27,7 +27,9 @@ pub(super) fn set_apart(graph: &Graph<'_>, changes: &mut Changes) {
             continue;
         }
         let dims = graph.initializers.get(convolution.inputs[1]);
-        let Some(&[count, _, height, width]) = dims.map(Vec::as_slice) else { continue };
+        let Some(&[count, _, height, width]) = dims.map(|weights| &weights.dims[..]) else {
+            continue;
+        };
         let &[output] = &convolution.outputs[..] else { continue };
         let left_over = matches!(count / BLOCK, 5 | 7) && count % BLOCK == 0;
         // Behind a pointwise one the Concat takes what is won.

@@ -1,10 +1,12 @@
 //! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
 //!
 //! Exporters write what a network's Python said; here are the places where that costs the provider
-//! a detour ([`softmax`], [`split`], [`filters`]). A copy of the bytes is changed, when a session is
+//! a detour ([`softmax`], [`split`], [`filters`]), and where it computes more than it
+//! must ([`convolutions`]). A copy of the bytes is changed, when a session is
 //! built, and only of bytes that [`scan`](super::onnx::scan) has let through: the file and its digest
 //! are untouched. What this can't read is left as it is: ONNX Runtime judges it.
 
+mod convolutions;
 mod filters;
 mod softmax;
 mod split;
@@ -13,7 +15,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::onnx::Scan;
-use super::wire::{Message, WireError, number, put, put_pieces, varints};
+use super::winograd;
+use super::wire::{Field, Message, WireError, number, put, put_pieces, varints};
 
 /// Below it, operators mean other things.
 const OPSET_MIN: u64 = 13;
@@ -23,6 +26,7 @@ const NAME_BYTES_MAX: usize = 1024;
 /// Fields of `ModelProto`, `GraphProto`, `NodeProto`, `AttributeProto`, `TensorProto` and
 /// `ValueInfoProto`.
 const MODEL_GRAPH: u32 = 7;
+const MODEL_OPSET: u32 = 8;
 const GRAPH_NODE: u32 = 1;
 const GRAPH_INITIALIZER: u32 = 5;
 const GRAPH_INPUT: u32 = 11;
@@ -35,7 +39,9 @@ const NODE_ATTRIBUTE: u32 = 5;
 const NODE_DOMAIN: u32 = 7;
 const ATTRIBUTE_NAME: u32 = 1;
 const ATTRIBUTE_INT: u32 = 3;
+const ATTRIBUTE_TEXT: u32 = 4;
 const ATTRIBUTE_GRAPH: u32 = 6;
+const ATTRIBUTE_INTS: u32 = 8;
 const ATTRIBUTE_GRAPHS: u32 = 11;
 const ATTRIBUTE_TYPE: u32 = 20;
 const TENSOR_DIMS: u32 = 1;
@@ -51,21 +57,29 @@ type Changes = BTreeMap<usize, Vec<u8>>;
 /// nothing to change.
 pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan, threads: usize) -> Cow<'a, [u8]> {
     let own = scan.opsets.iter().find(|(domain, _)| is_own(domain.as_bytes()));
-    match own {
-        Some((_, opset)) if *opset >= OPSET_MIN => {
-            rewrite(model, *opset, threads).ok().flatten().map_or(Cow::Borrowed(model), Cow::Owned)
-        }
-        _ => Cow::Borrowed(model),
-    }
+    own.and_then(|(_, opset)| changed(model, *opset, threads, winograd::is_quick()))
+        .map_or(Cow::Borrowed(model), Cow::Owned)
 }
 
-fn rewrite(model: &[u8], opset: u64, threads: usize) -> Result<Option<Vec<u8>>, WireError> {
+/// `None` where there is nothing to change. `winograd`: whether convolutions are computed that way.
+pub(super) fn changed(model: &[u8], opset: u64, threads: usize, winograd: bool) -> Option<Vec<u8>> {
+    let is_known = opset >= OPSET_MIN;
+    is_known.then(|| rewrite(model, opset, threads, winograd).ok().flatten())?
+}
+
+fn rewrite(
+    model: &[u8],
+    opset: u64,
+    threads: usize,
+    winograd: bool,
+) -> Result<Option<Vec<u8>>, WireError> {
     let Some(graph) = field(model, MODEL_GRAPH)? else { return Ok(None) };
     let before = Graph::read(graph)?;
     if before.is_half || before.longest > NAME_BYTES_MAX {
         return Ok(None);
     }
-    let changes = changes(&before, opset, threads);
+    let mut changes = changes(&before, opset, threads);
+    let own = winograd && convolutions::take_over(&before, threads, &mut changes);
     if changes.is_empty() {
         return Ok(None);
     }
@@ -77,13 +91,16 @@ fn rewrite(model: &[u8], opset: u64, threads: usize) -> Result<Option<Vec<u8>>, 
     let changed: Vec<_> =
         raw(graph).map(|field| field.map(&mut piece)).collect::<Result<_, _>>()?;
     // Written once, into memory for all of it: frames pass while a session is built.
-    let more = changes.values().map(Vec::len).sum::<usize>() + 16;
+    let more = changes.values().map(Vec::len).sum::<usize>() + 64;
     let mut out = Vec::with_capacity(model.len() + more);
     for one in raw(model) {
         match one? {
             (MODEL_GRAPH, _) => put_pieces(&mut out, MODEL_GRAPH, &changed),
             (_, bytes) => out.extend_from_slice(bytes),
         }
+    }
+    if own {
+        put(&mut out, MODEL_OPSET, &own_operators());
     }
     let after = field(&out, MODEL_GRAPH)?.map(Graph::read).transpose()?;
     Ok(after.is_some_and(|after| after.clashes <= before.clashes).then_some(out))
@@ -97,6 +114,14 @@ fn changes(graph: &Graph<'_>, opset: u64, threads: usize) -> Changes {
         filters::set_apart(graph, &mut changes);
     }
     changes
+}
+
+/// An `OperatorSetIdProto` of the nodes that are ours.
+fn own_operators() -> Vec<u8> {
+    let mut set = Vec::new();
+    put(&mut set, 1, winograd::DOMAIN.as_bytes());
+    number(&mut set, 2, winograd::VERSION);
+    set
 }
 
 /// The fields of a message as they stand in it, with their numbers.
@@ -125,12 +150,21 @@ fn field(message: &[u8], number: u32) -> Result<Option<&[u8]>, WireError> {
     Ok(None)
 }
 
+/// A field of many numbers, or one of them.
+fn read_numbers(field: Field<'_>, numbers: &mut Vec<u64>) -> Result<(), WireError> {
+    match field.bytes() {
+        Ok(packed) => numbers.extend(varints(packed).collect::<Result<Vec<_>, _>>()?),
+        Err(_) => numbers.push(field.varint()?),
+    }
+    Ok(())
+}
+
 /// What is asked of a graph.
 #[derive(Default)]
 struct Graph<'a> {
     nodes: Vec<Node<'a>>,
-    /// Weights and the like that nobody else may give, with their dimensions.
-    initializers: HashMap<&'a [u8], Vec<u64>>,
+    /// Weights and the like that nobody else may give.
+    initializers: HashMap<&'a [u8], Initializer>,
     /// By value the number of the node that it comes out of.
     makers: HashMap<&'a [u8], usize>,
     /// By value how often it is read, the caller included.
@@ -143,6 +177,17 @@ struct Graph<'a> {
     clashes: usize,
     /// Length of the longest of their names.
     longest: usize,
+}
+
+struct Initializer {
+    dims: Vec<u64>,
+    is_float: bool,
+}
+
+/// Numbers of a convolution and of the sigmoid in its SiLU.
+struct Silu {
+    convolution: usize,
+    sigmoid: usize,
 }
 
 impl<'a> Graph<'a> {
@@ -172,21 +217,22 @@ impl<'a> Graph<'a> {
     }
 
     fn initializer(&mut self, tensor: &'a [u8]) -> Result<&'a [u8], WireError> {
+        const FLOAT: u64 = 1;
         const FLOAT16: u64 = 10;
-        let (mut name, mut dims) = (&b""[..], Vec::new());
+        let (mut name, mut dims, mut is_float) = (&b""[..], Vec::new(), false);
         for field in Message::new(tensor) {
             let field = field?;
             match field.number {
                 TENSOR_NAME => name = field.bytes()?,
-                TENSOR_TYPE => self.is_half |= field.varint()? == FLOAT16,
-                TENSOR_DIMS => match field.bytes() {
-                    Ok(packed) => dims.extend(varints(packed).collect::<Result<Vec<_>, _>>()?),
-                    Err(_) => dims.push(field.varint()?),
-                },
+                TENSOR_TYPE => {
+                    self.is_half |= field.varint()? == FLOAT16;
+                    is_float = field.varint()? == FLOAT;
+                }
+                TENSOR_DIMS => read_numbers(field, &mut dims)?,
                 _ => {}
             }
         }
-        self.initializers.insert(name, dims);
+        self.initializers.insert(name, Initializer { dims, is_float });
         Ok(name)
     }
 
@@ -203,6 +249,28 @@ impl<'a> Graph<'a> {
     fn maker(&self, value: &[u8], op: &[u8]) -> Option<(usize, &Node<'a>)> {
         let at = *self.makers.get(value)?;
         Some((at, &self.nodes[at])).filter(|(_, node)| node.op == op)
+    }
+
+    /// The convolution whose SiLU, which alone reads it, comes out of the node of this number.
+    fn silu(&self, product: usize) -> Option<Silu> {
+        let product = &self.nodes[product];
+        let &[one, other] = &product.inputs[..] else { return None };
+        let gates = [(one, other), (other, one)].into_iter();
+        let mut gates = gates.filter_map(|(gate, x)| self.maker(gate, b"Sigmoid").zip(Some(x)));
+        let ((sigmoid, gate), found) = gates.next()?;
+        let (convolution, _) = self.maker(found, b"Conv")?;
+        let is_alone =
+            gate.outputs.iter().all(|gate| self.reads(gate) == 1) && self.reads(found) == 2;
+        (product.op == b"Mul" && gate.inputs == [found] && is_alone)
+            .then_some(Silu { convolution, sigmoid })
+    }
+
+    /// An initializer, by its name or by one that an Identity gives it: exporters keep what is equal once.
+    fn weights(&self, mut value: &'a [u8]) -> Option<&Initializer> {
+        if let Some((_, identity)) = self.maker(value, b"Identity") {
+            value = identity.inputs.first()?;
+        }
+        self.initializers.get(value)
     }
 
     /// Whether a value is the same in each run.
@@ -284,6 +352,8 @@ struct Attribute<'a> {
     bytes: &'a [u8],
     name: &'a [u8],
     int: Option<u64>,
+    ints: Vec<u64>,
+    text: &'a [u8],
     holds_graphs: bool,
 }
 
@@ -295,6 +365,8 @@ impl<'a> Attribute<'a> {
             match field.number {
                 ATTRIBUTE_NAME => attribute.name = field.bytes()?,
                 ATTRIBUTE_INT => attribute.int = Some(field.varint()?),
+                ATTRIBUTE_TEXT => attribute.text = field.bytes()?,
+                ATTRIBUTE_INTS => read_numbers(field, &mut attribute.ints)?,
                 ATTRIBUTE_GRAPH | ATTRIBUTE_GRAPHS => attribute.holds_graphs = true,
                 _ => {}
             }
@@ -303,9 +375,21 @@ impl<'a> Attribute<'a> {
     }
 }
 
-/// Puts a node, named as its first output, into a graph.
+/// Puts a node of ONNX's own operators, named as its first output, into a graph.
 fn put_node(
     graph: &mut Vec<u8>,
+    op: &[u8],
+    inputs: &[&[u8]],
+    outputs: &[&[u8]],
+    attributes: &[&[u8]],
+) {
+    put_node_of(graph, b"", op, inputs, outputs, attributes);
+}
+
+/// The same of a domain.
+fn put_node_of(
+    graph: &mut Vec<u8>,
+    domain: &[u8],
     op: &[u8],
     inputs: &[&[u8]],
     outputs: &[&[u8]],
@@ -316,6 +400,9 @@ fn put_node(
     outputs.iter().for_each(|output| put(&mut node, NODE_OUTPUT, output));
     put(&mut node, NODE_NAME, outputs[0]);
     put(&mut node, NODE_OP, op);
+    if !domain.is_empty() {
+        put(&mut node, NODE_DOMAIN, domain);
+    }
     attributes.iter().for_each(|attribute| put(&mut node, NODE_ATTRIBUTE, attribute));
     put(graph, GRAPH_NODE, &node);
 }
@@ -396,9 +483,14 @@ mod tests {
 
     /// The operators of what becomes of a model, in order; `None` if it is left alone.
     pub(super) fn operators(model: &[u8]) -> Option<Vec<String>> {
-        let Cow::Owned(after) = for_cpu(model, &scan(model).expect("a model"), 2) else {
-            return None;
-        };
+        operators_of(model, false)
+    }
+
+    /// The same, of a machine where convolutions are computed by our own.
+    pub(super) fn operators_of(model: &[u8], winograd: bool) -> Option<Vec<String>> {
+        let before = scan(model).expect("a model");
+        let (_, opset) = before.opsets[0];
+        let after = changed(model, opset, 2, winograd)?;
         scan(&after).expect("still a model");
         let graph = field(&after, MODEL_GRAPH).expect("fields").expect("a graph");
         let nodes = Graph::read(graph).expect("a graph").nodes;

@@ -35,26 +35,19 @@ impl<'a> Before<'a> {
         if split.op != b"Split" || split.int(b"axis") != Some(CHANNELS) {
             return None;
         }
-        let (product_at, product) = graph.maker(values, b"Mul")?;
-        let &[one, other] = &product.inputs[..] else { return None };
-        let (sigmoid_at, sigmoid, found) = [(one, other), (other, one)]
-            .into_iter()
-            .find_map(|(gate, x)| graph.maker(gate, b"Sigmoid").map(|(at, node)| (at, node, x)))?;
-        let (convolution_at, convolution) = graph.maker(found, b"Conv")?;
-        let is_silu = sigmoid.inputs == [found];
-        let alone = [values, sigmoid.outputs[0]].iter().all(|value| graph.reads(value) == 1)
-            && graph.reads(found) == 2;
+        let (product, _) = graph.maker(values, b"Mul")?;
+        let silu = graph.silu(product)?;
+        let convolution = &graph.nodes[silu.convolution];
         let named = split.outputs.iter().all(|name| !name.is_empty());
         // Or the filters would be split anew for each frame.
         let settled = convolution.inputs.get(1).into_iter().chain(sizes);
         let settled = settled.copied().all(|value| graph.is_constant(value));
         (split.outputs.len() == 2
             && convolution.is_divisible()
-            && is_silu
-            && alone
+            && graph.reads(values) == 1
             && named
             && settled)
-            .then_some(Self { convolution, numbers: [convolution_at, sigmoid_at, product_at] })
+            .then_some(Self { convolution, numbers: [silu.convolution, silu.sigmoid, product] })
     }
 
     /// A convolution and SiLU for each output of the split.

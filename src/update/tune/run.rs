@@ -28,11 +28,14 @@ impl Libraries {
         Self([running.to_owned()].into_iter().chain(others).collect())
     }
 
-    /// Where a result holds: machine, threads, the libraries' versions.
+    /// Where a result holds: machine, threads, versions of the libraries and of this program, which
+    /// computes some of a model itself.
     pub fn place(&self, threads: usize) -> String {
         let mut versions: Vec<_> = self.0.iter().map(|library| version_of(library)).collect();
         versions.sort();
-        format!("{}; {threads} threads; ONNX Runtime {}", host::machine(), versions.join(" and "))
+        let (machine, own, versions) =
+            (host::machine(), env!("CARGO_PKG_VERSION"), versions.join(" and "));
+        format!("{machine}; {threads} threads; noblink {own}, ONNX Runtime {versions}")
     }
 }
 
