@@ -1,10 +1,10 @@
 //! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
 //!
 //! Exporters write what a network's Python said; here are the places where that costs the provider
-//! a detour ([`softmax`], [`split`], [`filters`]), and where it computes more than it
-//! must ([`convolutions`]). A copy of the bytes is changed, when a session is
-//! built, and only of bytes that [`scan`](super::onnx::scan) has let through: the file and its digest
-//! are untouched. What this can't read is left as it is: ONNX Runtime judges it.
+//! a detour ([`softmax`], [`split`], [`filters`]), and where it computes more than it must
+//! ([`convolutions`]). A copy of the bytes is changed, when a session is built, and only of bytes that
+//! [`scan`](super::onnx::scan) has let through: the file and its digest are untouched. What this can't
+//! read is left as it is: ONNX Runtime judges it.
 
 mod convolutions;
 mod filters;
@@ -63,8 +63,10 @@ pub fn for_cpu<'a>(model: &'a [u8], scan: &Scan, threads: usize) -> Cow<'a, [u8]
 
 /// `None` where there is nothing to change. `winograd`: whether convolutions are computed that way.
 pub(super) fn changed(model: &[u8], opset: u64, threads: usize, winograd: bool) -> Option<Vec<u8>> {
-    let is_known = opset >= OPSET_MIN;
-    is_known.then(|| rewrite(model, opset, threads, winograd).ok().flatten())?
+    if opset < OPSET_MIN {
+        return None;
+    }
+    rewrite(model, opset, threads, winograd).ok().flatten()
 }
 
 fn rewrite(

@@ -1,7 +1,7 @@
 //! The nodes, as ONNX Runtime computes them: one of its custom operators.
 //!
-//! `ort` makes values of its own of a kernel's inputs and outputs, on the heap; a frame allocates
-//! nothing, so they are taken by ONNX Runtime's own interface.
+//! `ort` makes values of its own of a kernel's inputs and outputs, on the heap, where a frame shall
+//! allocate nothing of ours: they are taken by ONNX Runtime's own interface.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -13,7 +13,7 @@ use ort::operator::{
 };
 use ort::session::builder::SessionBuilder;
 use ort::sys::{OrtKernelContext, OrtValue};
-use ort::value::{TensorElementType, TensorValueType, ValueType};
+use ort::value::{Shape, TensorElementType, TensorValueType, ValueType};
 
 use super::avx2::{self, Output};
 use super::filters::Filters;
@@ -52,18 +52,23 @@ impl Operator for Winograd {
         [OperatorOutput::required(TensorElementType::Float32)]
     }
 
+    /// Says nothing where a dimension has neither size nor name: ONNX Runtime would take that for a size
+    /// of -1. It asks again when it knows more, and a run goes by what is there.
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
         let inputs = context.inputs();
-        let shape_of = |n: usize| inputs.get(n).and_then(ValueType::tensor_shape);
-        let filters = shape_of(1).and_then(|shape| shape.first().copied());
-        if let (Some(ValueType::Tensor { shape, .. }), Some(filters)) = (inputs.first(), filters)
-            && shape.len() == 4
+        let filters = inputs.get(1).and_then(ValueType::tensor_shape);
+        let filters = filters.and_then(|shape| shape.first().copied()).filter(|count| *count > 0);
+        if let Some(ValueType::Tensor { ty, shape, dimension_symbols: names }) = inputs.first()
+            && let (&[pictures, _, height, width], Some(filters)) = (&shape[..], filters)
+            && let [pictures_name, _, height_name, width_name] = &names[..]
         {
-            let mut output = inputs[0].clone();
-            if let ValueType::Tensor { shape, .. } = &mut output {
-                shape[1] = filters;
+            let sizes = [pictures, filters, height, width];
+            let names = [pictures_name, "", height_name, width_name];
+            if sizes.iter().zip(names).all(|(size, name)| *size >= 0 || !name.is_empty()) {
+                let dimension_symbols = names.into_iter().map(str::to_owned).collect();
+                let shape = Shape::new(sizes);
+                context.set_output(0, &ValueType::Tensor { ty: *ty, shape, dimension_symbols })?;
             }
-            context.set_output(0, &output)?;
         }
         Ok(())
     }
@@ -89,10 +94,7 @@ impl Operator for Winograd {
         if filters == 0 || channels == 0 {
             return Err(wrong(&format!("weights of {shape:?}, which are none")));
         }
-        let bias = match context.inputs()?.len() {
-            3 => Some(constant(2)?),
-            _ => None,
-        };
+        let bias = if inputs(context)? == 3 { Some(constant(2)?) } else { None };
         let bias = bias.as_ref().map_or(&[][..], |bias| bias.extract_tensor().1);
         if ![0, filters].contains(&bias.len()) {
             return Err(wrong(&format!("a bias of {} for {filters} filters", bias.len())));
@@ -102,6 +104,14 @@ impl Operator for Winograd {
         }
         Ok(Convolution { filters: Filters::new(weights, bias, channels, activation), threads })
     }
+}
+
+/// How many inputs a node has. `ort` reads their names as well, which need not be text.
+fn inputs(context: &KernelContext<'_>) -> ort::Result<usize> {
+    let mut count = 0;
+    // SAFETY: the pointers are valid for the call.
+    unsafe { checked((ort::api().KernelInfo_GetInputCount)(context.ptr(), &mut count))? };
+    Ok(count)
 }
 
 /// A node. It is made on machines with AVX2 and FMA only.
@@ -235,6 +245,7 @@ mod tests {
 
     use super::super::super::rewrite;
     use super::super::super::runtime::Runtime;
+    use super::super::super::wire::{number, put};
     use super::*;
 
     #[test]
@@ -243,35 +254,119 @@ mod tests {
             // Such a machine never has them.
             return;
         }
-        let runtime = Runtime::load(None).expect("ONNX Runtime");
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/plates-v1.onnx");
         let plain = std::fs::read(file).expect("the model");
         let changed = rewrite::changed(&plain, 17, 2, true).expect("it has convolutions");
         let ours = changed.windows(OPERATOR.len()).filter(|name| name == &OPERATOR.as_bytes());
         assert!(ours.count() > 10, "it has many");
-        let run = |model: &[u8], pictures: &[f32]| {
-            let builder = Session::builder(&runtime.environment).expect("a builder");
-            let builder = builder.with_intra_threads(2).expect("threads");
-            let mut session = register(builder).expect("the operator").commit_from_memory(model);
-            let session = session.as_mut().expect("a session");
-            let ValueType::Tensor { shape, .. } = session.inputs()[0].dtype() else {
-                panic!("the input is no tensor");
-            };
-            let shape: Vec<_> = shape.iter().map(|size| (*size).max(1)).collect();
-            let count = shape.iter().product::<i64>() as usize;
-            let input = Tensor::from_array((shape, pictures[..count].to_vec())).expect("an input");
-            let outputs = session.run(ort::inputs![input]).expect("a run");
-            outputs[0].try_extract_tensor::<f32>().expect("numbers").1.to_vec()
-        };
         // A picture with edges in it.
         let pictures: Vec<_> = (0..3u32 << 20)
             .map(|n| ((n / 7) ^ (n / 640)) % 251)
             .map(|n| n as f32 / 251.0)
             .collect();
-        let (wanted, found) = (run(&plain, &pictures), run(&changed, &pictures));
+        assert_alike(&run(&plain, None, &pictures), &run(&changed, None, &pictures));
+    }
+
+    #[test]
+    fn a_size_that_is_not_known_is_left_open() {
+        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+            return;
+        }
+        // A way down and up again, which meets what was not: the sizes of both must agree.
+        let plain = open_model();
+        let changed = rewrite::changed(&plain, 17, 2, true).expect("it has a convolution");
+        let pictures: Vec<_> = (0..24 * 16 * 16).map(|n| (n % 13) as f32 / 13.0).collect();
+        let shape = Some([1, 24, 16, 16]);
+        assert_alike(&run(&plain, shape, &pictures), &run(&changed, shape, &pictures));
+    }
+
+    /// A convolution of 3x3 at stride 1 on `[1, 24, height, width]`, halved before it, and halved and
+    /// doubled behind it.
+    fn open_model() -> Vec<u8> {
+        let of = |fields: &[(u32, &[u8])]| {
+            let mut message = Vec::new();
+            fields.iter().for_each(|(number, bytes)| put(&mut message, *number, bytes));
+            message
+        };
+        let ints = |name: &[u8], values: &[u64]| {
+            let mut attribute = of(&[(1, name)]);
+            values.iter().for_each(|value| number(&mut attribute, 8, *value));
+            number(&mut attribute, 20, 7);
+            attribute
+        };
+        let tensor = |name: &[u8], dims: &[u64], values: &[f32]| {
+            let raw: Vec<_> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let mut tensor = of(&[(8, name), (9, &raw)]);
+            dims.iter().for_each(|dim| number(&mut tensor, 1, *dim));
+            number(&mut tensor, 2, 1);
+            tensor
+        };
+        let value = |name: &[u8], channels: u64| {
+            let mut shape = Vec::new();
+            for dim in [1, channels] {
+                let mut size = Vec::new();
+                number(&mut size, 1, dim);
+                put(&mut shape, 1, &size);
+            }
+            for name in [&b"height"[..], b"width"] {
+                put(&mut shape, 1, &of(&[(2, name)]));
+            }
+            let mut kind = Vec::new();
+            number(&mut kind, 1, 1);
+            put(&mut kind, 2, &shape);
+            of(&[(1, name), (2, &of(&[(1, &kind)]))])
+        };
+        let node = |op: &[u8], inputs: &[&[u8]], output: &[u8], attributes: &[Vec<u8>]| {
+            let mut node = of(&[(2, output), (3, output), (4, op)]);
+            inputs.iter().for_each(|input| put(&mut node, 1, input));
+            attributes.iter().for_each(|attribute| put(&mut node, 5, attribute));
+            node
+        };
+        let square = |stride| [ints(b"pads", &[1; 4]), ints(b"strides", &[stride; 2])];
+        let weights: Vec<_> = (0..24 * 24 * 9).map(|n| (n % 17) as f32 / 170.0 - 0.05).collect();
+        let mut axis = of(&[(1, b"axis")]);
+        number(&mut axis, 3, 1);
+        number(&mut axis, 20, 2);
+        let nodes = [
+            node(b"Conv", &[b"x", b"w"], b"a", &square(2)),
+            node(b"Conv", &[b"a", b"w"], b"b", &square(1)),
+            node(b"Conv", &[b"b", b"w"], b"c", &square(2)),
+            node(b"Resize", &[b"c", b"", b"scales"], b"d", &[]),
+            node(b"Concat", &[b"b", b"d"], b"y", &[axis]),
+        ];
+        let mut graph = Vec::new();
+        nodes.iter().for_each(|node| put(&mut graph, 1, node));
+        put(&mut graph, 2, b"open");
+        put(&mut graph, 5, &tensor(b"w", &[24, 24, 3, 3], &weights));
+        put(&mut graph, 5, &tensor(b"scales", &[4], &[1.0, 1.0, 2.0, 2.0]));
+        put(&mut graph, 11, &value(b"x", 24));
+        put(&mut graph, 12, &of(&[(1, b"y"), (2, &of(&[(1, &[8, 1])]))]));
+        let mut model = Vec::new();
+        number(&mut model, 1, 8);
+        put(&mut model, 7, &graph);
+        put(&mut model, 8, &[16, 17]);
+        model
+    }
+
+    /// What a session finds in the first numbers that make an input.
+    fn run(model: &[u8], shape: Option<[i64; 4]>, pictures: &[f32]) -> Vec<f32> {
+        let runtime = Runtime::load(None).expect("ONNX Runtime");
+        let builder = Session::builder(&runtime.environment).expect("a builder");
+        let builder = builder.with_intra_threads(2).expect("threads");
+        let mut session =
+            register(builder).expect("the operator").commit_from_memory(model).expect("a session");
+        let own = session.inputs()[0].dtype().tensor_shape().expect("a tensor").to_vec();
+        let shape = shape.map_or(own, Vec::from);
+        let count = shape.iter().product::<i64>() as usize;
+        let input = Tensor::from_array((shape, pictures[..count].to_vec())).expect("an input");
+        let outputs = session.run(ort::inputs![input]).expect("a run");
+        outputs[0].try_extract_tensor::<f32>().expect("numbers").1.to_vec()
+    }
+
+    fn assert_alike(wanted: &[f32], found: &[f32]) {
         assert_eq!(found.len(), wanted.len());
         let largest = wanted.iter().fold(0.0f32, |most, number| most.max(number.abs()));
-        for (n, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+        for (n, (found, wanted)) in found.iter().zip(wanted).enumerate() {
             let off = (found - wanted).abs();
             assert!(off < 1e-4 * largest, "number {n}: {found}, not {wanted}");
         }

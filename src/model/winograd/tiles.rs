@@ -6,7 +6,7 @@ pub(super) const PATCH: usize = 6;
 
 /// Tiles whose sums stay in registers while the channels pass.
 pub(super) const TOGETHER: usize = 6;
-/// Tiles times channels of a block: 0.4 MB.
+/// Tiles times channels of a block: half a megabyte, more beyond 256 channels.
 const BLOCK_NUMBERS: usize = 3072;
 const BLOCK_MIN: usize = 2 * TOGETHER;
 const BLOCK_MAX: usize = 16 * TOGETHER;
@@ -33,8 +33,8 @@ impl Grid {
     }
 }
 
-/// How many tiles are computed together: few enough that their numbers in the other basis stay in the
-/// second level's cache, and as many for each thread.
+/// How many tiles are computed together: few enough that their numbers in the other basis stay in a
+/// near cache, and as many for each thread.
 pub(super) fn block_size(grid: Grid, channels: usize, threads: usize) -> usize {
     let most = (BLOCK_NUMBERS / channels).clamp(BLOCK_MIN, BLOCK_MAX);
     let blocks = threads * grid.tiles().div_ceil(threads * most);
