@@ -1,6 +1,6 @@
 //! The model: what its file says (`onnx`, `wire`, `foreign`), what we make of it (`contract`,
-//! `labels`), how it runs (`options`, `engine`, `runtime`, `rewrite`, `winograd`) and where the running one is
-//! found (`slot`).
+//! `labels`), how it runs (`options`, `engine`, `runtime`, `rewrite`, `winograd`) and where the
+//! running one is found (`slot`).
 
 pub mod contract;
 pub mod engine;

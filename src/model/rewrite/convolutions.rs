@@ -109,33 +109,17 @@ impl Step<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::super::wire::{number, put};
-    use super::super::tests::{model, operators_of};
-    use super::super::{
-        ATTRIBUTE_INTS, ATTRIBUTE_NAME, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE, GRAPH_INITIALIZER,
-        TENSOR_DIMS, TENSOR_NAME, TENSOR_RAW, TENSOR_TYPE, put_node,
-    };
+    use super::super::tests::{FLOAT, model, operators_of, put_tensor};
+    use super::super::{ATTRIBUTE_NAME, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE, ints_attribute, put_node};
     use super::*;
 
-    const FLOAT: u64 = 1;
     const DOUBLE: u64 = 11;
 
+    /// One of zeros.
     fn initializer(graph: &mut Vec<u8>, name: &[u8], dims: &[u64], kind: u64) {
-        let mut tensor = Vec::new();
-        dims.iter().for_each(|dim| number(&mut tensor, TENSOR_DIMS, *dim));
-        number(&mut tensor, TENSOR_TYPE, kind);
-        put(&mut tensor, TENSOR_NAME, name);
         let bytes = if kind == DOUBLE { 8 } else { 4 };
         let count = dims.iter().product::<u64>() as usize;
-        put(&mut tensor, TENSOR_RAW, &vec![0; bytes * count]);
-        put(graph, GRAPH_INITIALIZER, &tensor);
-    }
-
-    fn ints(name: &[u8], values: &[u64]) -> Vec<u8> {
-        let mut attribute = Vec::new();
-        put(&mut attribute, ATTRIBUTE_NAME, name);
-        values.iter().for_each(|value| number(&mut attribute, ATTRIBUTE_INTS, *value));
-        number(&mut attribute, ATTRIBUTE_TYPE, 7);
-        attribute
+        put_tensor(graph, name, dims, kind, &vec![0; bytes * count]);
     }
 
     fn text(name: &[u8], value: &[u8]) -> Vec<u8> {
@@ -164,7 +148,7 @@ mod tests {
     const SQUARE: (&[u64], u64) = (&[32, 24, 3, 3], FLOAT);
 
     fn padded() -> Vec<u8> {
-        ints(b"pads", &[1; 4])
+        ints_attribute(b"pads", &[1; 4])
     }
 
     /// Ours have no name among ONNX's own.
@@ -177,9 +161,9 @@ mod tests {
         let one = |attribute: Vec<u8>| [padded(), attribute];
         let none = |_: &mut Vec<u8>| ();
         let same = [
-            one(ints(b"strides", &[1, 1])),
-            one(ints(b"dilations", &[1, 1])),
-            one(ints(b"kernel_shape", &[3, 3])),
+            one(ints_attribute(b"strides", &[1, 1])),
+            one(ints_attribute(b"dilations", &[1, 1])),
+            one(ints_attribute(b"kernel_shape", &[3, 3])),
             one(int_attribute(b"group", 1)),
             one(text(b"auto_pad", b"NOTSET")),
         ];
@@ -187,13 +171,13 @@ mod tests {
             assert_eq!(after(SQUARE, attributes, none), names(&[""]), "attribute {n}");
         }
         let others = [
-            one(ints(b"strides", &[2, 2])),
-            one(ints(b"dilations", &[2, 2])),
+            one(ints_attribute(b"strides", &[2, 2])),
+            one(ints_attribute(b"dilations", &[2, 2])),
             one(int_attribute(b"group", 2)),
             one(text(b"auto_pad", b"SAME_UPPER")),
             one(int_attribute(b"unknown", 1)),
-            [ints(b"pads", &[0; 4]), ints(b"strides", &[1, 1])],
-            [ints(b"strides", &[1, 1]), ints(b"dilations", &[1, 1])],
+            [ints_attribute(b"pads", &[0; 4]), ints_attribute(b"strides", &[1, 1])],
+            [ints_attribute(b"strides", &[1, 1]), ints_attribute(b"dilations", &[1, 1])],
         ];
         for (n, attributes) in others.iter().enumerate() {
             assert_eq!(after(SQUARE, attributes, none), None, "attribute {n}");

@@ -419,6 +419,16 @@ fn int_attribute(name: &[u8], value: u64) -> Vec<u8> {
     attribute
 }
 
+/// An `AttributeProto` of several.
+fn ints_attribute(name: &[u8], values: &[u64]) -> Vec<u8> {
+    const INTS: u64 = 7;
+    let mut attribute = Vec::new();
+    put(&mut attribute, ATTRIBUTE_NAME, name);
+    values.iter().for_each(|value| number(&mut attribute, ATTRIBUTE_INTS, *value));
+    number(&mut attribute, ATTRIBUTE_TYPE, INTS);
+    attribute
+}
+
 /// A `TensorProto` of integers, of one dimension.
 fn ints_tensor(name: &[u8], values: &[u64]) -> Vec<u8> {
     const INT64: u64 = 7;
@@ -437,9 +447,65 @@ fn beside(value: &[u8], what: &[u8]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::onnx::scan;
     use super::*;
+
+    pub(super) const FLOAT: u64 = 1;
+
+    /// Puts an initializer of these numbers into a graph.
+    pub(super) fn put_tensor(
+        graph: &mut Vec<u8>,
+        name: &[u8],
+        dims: &[u64],
+        kind: u64,
+        numbers: &[u8],
+    ) {
+        let mut tensor = Vec::new();
+        dims.iter().for_each(|dim| number(&mut tensor, TENSOR_DIMS, *dim));
+        number(&mut tensor, TENSOR_TYPE, kind);
+        put(&mut tensor, TENSOR_NAME, name);
+        put(&mut tensor, TENSOR_RAW, numbers);
+        put(graph, GRAPH_INITIALIZER, &tensor);
+    }
+
+    /// A convolution of 3x3 at stride 1 on `[1, 24, height, width]`, halved before it, and halved and
+    /// doubled behind it.
+    pub(in super::super) fn open_model() -> Vec<u8> {
+        let square =
+            |stride| [ints_attribute(b"pads", &[1; 4]), ints_attribute(b"strides", &[stride; 2])];
+        let bytes = |numbers: &[f32]| -> Vec<u8> {
+            numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+        };
+        let weights: Vec<_> = (0..24 * 24 * 9).map(|n| (n % 17) as f32 / 170.0 - 0.05).collect();
+        let mut graph = Vec::new();
+        put_tensor(&mut graph, b"w", &[24, 24, 3, 3], FLOAT, &bytes(&weights));
+        put_tensor(&mut graph, b"scales", &[4], FLOAT, &bytes(&[1.0, 1.0, 2.0, 2.0]));
+        for (input, output, stride) in [(b"x", b"a", 2), (b"a", b"b", 1), (b"b", b"c", 2)] {
+            let [pads, strides] = square(stride);
+            put_node(&mut graph, b"Conv", &[input, b"w"], &[output], &[&pads, &strides]);
+        }
+        put_node(&mut graph, b"Resize", &[b"c", b"", b"scales"], &[b"d"], &[]);
+        let axis = int_attribute(b"axis", 1);
+        put_node(&mut graph, b"Concat", &[b"b", b"d"], &[b"y"], &[&axis]);
+        let mut shape = Vec::new();
+        let dims: [&[u8]; 4] = [&[8, 1], &[8, 24], b"\x12\x06height", b"\x12\x05width"];
+        dims.iter().for_each(|dim| put(&mut shape, 1, dim));
+        put_value(&mut graph, GRAPH_INPUT, b"x", Some(&shape));
+        put_value(&mut graph, GRAPH_OUTPUT, b"y", None);
+        model(&graph, 17)
+    }
+
+    /// Puts a `ValueInfoProto` of a tensor of floats into a graph.
+    fn put_value(graph: &mut Vec<u8>, field: u32, name: &[u8], shape: Option<&[u8]>) {
+        let (mut tensor, mut kind, mut value) = (Vec::new(), Vec::new(), Vec::new());
+        number(&mut tensor, 1, FLOAT);
+        shape.into_iter().for_each(|shape| put(&mut tensor, 2, shape));
+        put(&mut kind, 1, &tensor);
+        put(&mut value, VALUE_NAME, name);
+        put(&mut value, 2, &kind);
+        put(graph, field, &value);
+    }
 
     /// A model of these nodes.
     pub(super) fn model(graph: &[u8], opset: u64) -> Vec<u8> {

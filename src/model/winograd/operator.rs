@@ -18,7 +18,7 @@ use ort::value::{Shape, TensorElementType, TensorValueType, ValueType};
 use super::avx2::{self, Output};
 use super::filters::Filters;
 use super::tiles::{Grid, block_size};
-use super::{ACTIVATION, Activation, DOMAIN, OPERATOR, THREADS, VERSION};
+use super::{ACTIVATION, Activation, DOMAIN, OPERATOR, THREADS, VERSION, is_possible};
 
 /// Lets a session have such nodes.
 pub(in super::super) fn register(builder: SessionBuilder) -> ort::Result<SessionBuilder> {
@@ -99,7 +99,7 @@ impl Operator for Winograd {
         if ![0, filters].contains(&bias.len()) {
             return Err(wrong(&format!("a bias of {} for {filters} filters", bias.len())));
         }
-        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+        if !is_possible() {
             return Err(wrong("this machine has no AVX2 and FMA"));
         }
         Ok(Convolution { filters: Filters::new(weights, bias, channels, activation), threads })
@@ -245,12 +245,11 @@ mod tests {
 
     use super::super::super::rewrite;
     use super::super::super::runtime::Runtime;
-    use super::super::super::wire::{number, put};
     use super::*;
 
     #[test]
     fn a_session_finds_what_it_finds_without_such_nodes() {
-        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+        if !is_possible() {
             // Such a machine never has them.
             return;
         }
@@ -269,83 +268,15 @@ mod tests {
 
     #[test]
     fn a_size_that_is_not_known_is_left_open() {
-        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+        if !is_possible() {
             return;
         }
         // A way down and up again, which meets what was not: the sizes of both must agree.
-        let plain = open_model();
+        let plain = rewrite::tests::open_model();
         let changed = rewrite::changed(&plain, 17, 2, true).expect("it has a convolution");
         let pictures: Vec<_> = (0..24 * 16 * 16).map(|n| (n % 13) as f32 / 13.0).collect();
         let shape = Some([1, 24, 16, 16]);
         assert_alike(&run(&plain, shape, &pictures), &run(&changed, shape, &pictures));
-    }
-
-    /// A convolution of 3x3 at stride 1 on `[1, 24, height, width]`, halved before it, and halved and
-    /// doubled behind it.
-    fn open_model() -> Vec<u8> {
-        let of = |fields: &[(u32, &[u8])]| {
-            let mut message = Vec::new();
-            fields.iter().for_each(|(number, bytes)| put(&mut message, *number, bytes));
-            message
-        };
-        let ints = |name: &[u8], values: &[u64]| {
-            let mut attribute = of(&[(1, name)]);
-            values.iter().for_each(|value| number(&mut attribute, 8, *value));
-            number(&mut attribute, 20, 7);
-            attribute
-        };
-        let tensor = |name: &[u8], dims: &[u64], values: &[f32]| {
-            let raw: Vec<_> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            let mut tensor = of(&[(8, name), (9, &raw)]);
-            dims.iter().for_each(|dim| number(&mut tensor, 1, *dim));
-            number(&mut tensor, 2, 1);
-            tensor
-        };
-        let value = |name: &[u8], channels: u64| {
-            let mut shape = Vec::new();
-            for dim in [1, channels] {
-                let mut size = Vec::new();
-                number(&mut size, 1, dim);
-                put(&mut shape, 1, &size);
-            }
-            for name in [&b"height"[..], b"width"] {
-                put(&mut shape, 1, &of(&[(2, name)]));
-            }
-            let mut kind = Vec::new();
-            number(&mut kind, 1, 1);
-            put(&mut kind, 2, &shape);
-            of(&[(1, name), (2, &of(&[(1, &kind)]))])
-        };
-        let node = |op: &[u8], inputs: &[&[u8]], output: &[u8], attributes: &[Vec<u8>]| {
-            let mut node = of(&[(2, output), (3, output), (4, op)]);
-            inputs.iter().for_each(|input| put(&mut node, 1, input));
-            attributes.iter().for_each(|attribute| put(&mut node, 5, attribute));
-            node
-        };
-        let square = |stride| [ints(b"pads", &[1; 4]), ints(b"strides", &[stride; 2])];
-        let weights: Vec<_> = (0..24 * 24 * 9).map(|n| (n % 17) as f32 / 170.0 - 0.05).collect();
-        let mut axis = of(&[(1, b"axis")]);
-        number(&mut axis, 3, 1);
-        number(&mut axis, 20, 2);
-        let nodes = [
-            node(b"Conv", &[b"x", b"w"], b"a", &square(2)),
-            node(b"Conv", &[b"a", b"w"], b"b", &square(1)),
-            node(b"Conv", &[b"b", b"w"], b"c", &square(2)),
-            node(b"Resize", &[b"c", b"", b"scales"], b"d", &[]),
-            node(b"Concat", &[b"b", b"d"], b"y", &[axis]),
-        ];
-        let mut graph = Vec::new();
-        nodes.iter().for_each(|node| put(&mut graph, 1, node));
-        put(&mut graph, 2, b"open");
-        put(&mut graph, 5, &tensor(b"w", &[24, 24, 3, 3], &weights));
-        put(&mut graph, 5, &tensor(b"scales", &[4], &[1.0, 1.0, 2.0, 2.0]));
-        put(&mut graph, 11, &value(b"x", 24));
-        put(&mut graph, 12, &of(&[(1, b"y"), (2, &of(&[(1, &[8, 1])]))]));
-        let mut model = Vec::new();
-        number(&mut model, 1, 8);
-        put(&mut model, 7, &graph);
-        put(&mut model, 8, &[16, 17]);
-        model
     }
 
     /// What a session finds in the first numbers that make an input.
