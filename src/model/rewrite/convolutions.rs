@@ -1,7 +1,7 @@
 //! Convolutions of 3x3 that are computed by [`winograd`], with what is done to each of their sums.
 
 use super::super::winograd::{self, Activation};
-use super::{Changes, Graph, Node, int_attribute, put_node_of};
+use super::{Changes, FLOAT, Graph, Node, int_attribute, put_node_of};
 
 /// Below so many channels or filters the ways to the other basis and back take what is won.
 const CHANNELS_MIN: u64 = 24;
@@ -79,7 +79,7 @@ fn bytes(graph: &Graph<'_>, node: &Node<'_>) -> Option<u64> {
     let weights = weights?;
     let &[filters, channels, 3, 3] = &weights.first()?.dims[..] else { return None };
     let is_large = channels >= CHANNELS_MIN && filters >= FILTERS_MIN;
-    let is_float = weights.iter().all(|weights| weights.is_float);
+    let is_float = weights.iter().all(|weights| weights.kind == FLOAT);
     let is_biased = weights.get(1).is_none_or(|bias| bias.dims == [filters]);
     let is_plain = node.attributes.iter().all(|attribute| match attribute.name {
         b"group" => attribute.int == Some(1),
@@ -109,7 +109,7 @@ impl Step<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::super::wire::{number, put};
-    use super::super::tests::{FLOAT, model, operators_of, put_tensor};
+    use super::super::tests::{model, operators_of, put_tensor};
     use super::super::{ATTRIBUTE_NAME, ATTRIBUTE_TEXT, ATTRIBUTE_TYPE, ints_attribute, put_node};
     use super::*;
 

@@ -1,11 +1,12 @@
 //! A graph as ONNX Runtime's CPU provider is quick at it, which finds what the file's own would.
 //!
 //! Exporters write what a network's Python said; here are the places where that costs the provider
-//! a detour ([`softmax`], [`split`], [`filters`]), and where it computes more than it must
+//! a detour ([`softmax`], [`split`], [`concat`], [`filters`]), and where it computes more than it must
 //! ([`convolutions`]). A copy of the bytes is changed, when a session is built, and only of bytes that
 //! [`scan`](super::onnx::scan) has let through: the file and its digest are untouched. What this can't
 //! read is left as it is: ONNX Runtime judges it.
 
+mod concat;
 mod convolutions;
 mod filters;
 mod softmax;
@@ -14,6 +15,7 @@ mod split;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use self::concat::Parts;
 use super::onnx::Scan;
 use super::winograd;
 use super::wire::{Field, Message, WireError, number, put, put_pieces, varints};
@@ -40,15 +42,21 @@ const NODE_DOMAIN: u32 = 7;
 const ATTRIBUTE_NAME: u32 = 1;
 const ATTRIBUTE_INT: u32 = 3;
 const ATTRIBUTE_TEXT: u32 = 4;
+const ATTRIBUTE_TENSOR: u32 = 5;
 const ATTRIBUTE_GRAPH: u32 = 6;
 const ATTRIBUTE_INTS: u32 = 8;
 const ATTRIBUTE_GRAPHS: u32 = 11;
 const ATTRIBUTE_TYPE: u32 = 20;
 const TENSOR_DIMS: u32 = 1;
 const TENSOR_TYPE: u32 = 2;
+const TENSOR_INTS: u32 = 7;
 const TENSOR_NAME: u32 = 8;
 const TENSOR_RAW: u32 = 9;
 const VALUE_NAME: u32 = 1;
+/// Types of a `TensorProto`'s numbers.
+const FLOAT: u64 = 1;
+const INT64: u64 = 7;
+const FLOAT16: u64 = 10;
 
 /// What stands in a node's place, by its number: fields of the graph; none if it is gone.
 type Changes = BTreeMap<usize, Vec<u8>>;
@@ -111,11 +119,26 @@ fn rewrite(
 fn changes(graph: &Graph<'_>, opset: u64, threads: usize) -> Changes {
     let mut changes = Changes::new();
     softmax::take_apart(graph, opset, &mut changes);
-    split::before_convolutions(graph, &mut changes);
-    if filters::are_dealt_out(threads) {
+    let block = block();
+    let parts = block.map(|block| Parts::of(graph, block)).unwrap_or_default();
+    split::before_convolutions(graph, &parts, &mut changes);
+    parts.sum_up(graph, &mut changes);
+    if block == Some(filters::BLOCK) && threads > 1 {
         filters::set_apart(graph, &mut changes);
     }
     changes
+}
+
+/// How many channels the provider's convolutions take together, if they take them in blocks: as many as
+/// a register holds.
+fn block() -> Option<u64> {
+    #[cfg(target_arch = "x86_64")]
+    return match is_x86_feature_detected!("avx512f") {
+        true => Some(16),
+        false => is_x86_feature_detected!("avx2").then_some(8),
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    None
 }
 
 /// An `OperatorSetIdProto` of the nodes that are ours.
@@ -165,7 +188,7 @@ fn read_numbers(field: Field<'_>, numbers: &mut Vec<u64>) -> Result<(), WireErro
 #[derive(Default)]
 struct Graph<'a> {
     nodes: Vec<Node<'a>>,
-    /// Weights and the like that nobody else may give.
+    /// Weights and the like that nobody else may give, and the values of Constants.
     initializers: HashMap<&'a [u8], Initializer>,
     /// By value the number of the node that it comes out of.
     makers: HashMap<&'a [u8], usize>,
@@ -182,8 +205,33 @@ struct Graph<'a> {
 }
 
 struct Initializer {
+    kind: u64,
     dims: Vec<u64>,
-    is_float: bool,
+    /// Of a list of integers.
+    ints: Vec<u64>,
+}
+
+impl Initializer {
+    /// With its name.
+    fn read(tensor: &[u8]) -> Result<(&[u8], Self), WireError> {
+        let (mut name, mut raw) = (&b""[..], &b""[..]);
+        let mut this = Self { kind: 0, dims: Vec::new(), ints: Vec::new() };
+        for field in Message::new(tensor) {
+            let field = field?;
+            match field.number {
+                TENSOR_NAME => name = field.bytes()?,
+                TENSOR_TYPE => this.kind = field.varint()?,
+                TENSOR_DIMS => read_numbers(field, &mut this.dims)?,
+                TENSOR_INTS => read_numbers(field, &mut this.ints)?,
+                TENSOR_RAW => raw = field.bytes()?,
+                _ => {}
+            }
+        }
+        if this.kind == INT64 && this.dims.len() == 1 {
+            this.ints.extend(raw.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)));
+        }
+        Ok((name, this))
+    }
 }
 
 /// Numbers of a convolution and of the sigmoid in its SiLU.
@@ -199,8 +247,12 @@ impl<'a> Graph<'a> {
         for one in Message::new(graph) {
             let one = one?;
             match one.number {
-                GRAPH_NODE => this.node(Node::read(one.bytes()?)?),
-                GRAPH_INITIALIZER => names.push(this.initializer(one.bytes()?)?),
+                GRAPH_NODE => this.node(Node::read(one.bytes()?)?)?,
+                GRAPH_INITIALIZER => {
+                    let (name, initializer) = Initializer::read(one.bytes()?)?;
+                    names.push(name);
+                    this.give(name, initializer);
+                }
                 GRAPH_INPUT => inputs.extend(field(one.bytes()?, VALUE_NAME)?),
                 GRAPH_OUTPUT => field(one.bytes()?, VALUE_NAME)?.into_iter().for_each(|name| {
                     *this.reads.entry(name).or_default() += 1;
@@ -218,33 +270,23 @@ impl<'a> Graph<'a> {
         Ok(this)
     }
 
-    fn initializer(&mut self, tensor: &'a [u8]) -> Result<&'a [u8], WireError> {
-        const FLOAT: u64 = 1;
-        const FLOAT16: u64 = 10;
-        let (mut name, mut dims, mut is_float) = (&b""[..], Vec::new(), false);
-        for field in Message::new(tensor) {
-            let field = field?;
-            match field.number {
-                TENSOR_NAME => name = field.bytes()?,
-                TENSOR_TYPE => {
-                    self.is_half |= field.varint()? == FLOAT16;
-                    is_float = field.varint()? == FLOAT;
-                }
-                TENSOR_DIMS => read_numbers(field, &mut dims)?,
-                _ => {}
-            }
-        }
-        self.initializers.insert(name, Initializer { dims, is_float });
-        Ok(name)
+    fn give(&mut self, name: &'a [u8], initializer: Initializer) {
+        self.is_half |= initializer.kind == FLOAT16;
+        self.initializers.insert(name, initializer);
     }
 
-    fn node(&mut self, node: Node<'a>) {
+    fn node(&mut self, node: Node<'a>) -> Result<(), WireError> {
         self.is_nested |= node.attributes.iter().any(|a| a.holds_graphs);
+        let constant = node.attributes.iter().find_map(|a| a.tensor);
+        if let (b"Constant", Some(tensor), [output]) = (node.op, constant, &node.outputs[..]) {
+            self.give(output, Initializer::read(tensor)?.1);
+        }
         for input in &node.inputs {
             *self.reads.entry(input).or_default() += 1;
         }
         self.makers.extend(node.outputs.iter().map(|output| (*output, self.nodes.len())));
         self.nodes.push(node);
+        Ok(())
     }
 
     /// The node of this operator that a value comes out of, and its number.
@@ -327,13 +369,15 @@ impl<'a> Node<'a> {
     }
 
     /// Puts two convolutions, of a share of its filters each, in its place. `sizes` and `attributes` are
-    /// the other inputs and the attributes of the Split that deals filters and bias out.
+    /// the other inputs and the attributes of the Split that deals filters and bias out; `parts`: of its
+    /// input.
     fn divide(
         &self,
         graph: &mut Vec<u8>,
         shares: &[Vec<u8>; 2],
         sizes: &[&[u8]],
         attributes: &[&[u8]],
+        parts: &Parts<'_>,
     ) {
         let (input, weights) = (&self.inputs[..1], &self.inputs[1..]);
         for weight in weights {
@@ -344,7 +388,7 @@ impl<'a> Node<'a> {
         for share in shares {
             let own: Vec<_> = weights.iter().map(|weight| beside(share, weight)).collect();
             let own: Vec<_> = own.iter().map(Vec::as_slice).collect();
-            put_node(graph, b"Conv", &[input, &own].concat(), &[share], &attributes);
+            parts.put_convolution(graph, &[input, &own].concat(), share, &attributes);
         }
     }
 }
@@ -356,6 +400,7 @@ struct Attribute<'a> {
     int: Option<u64>,
     ints: Vec<u64>,
     text: &'a [u8],
+    tensor: Option<&'a [u8]>,
     holds_graphs: bool,
 }
 
@@ -368,6 +413,7 @@ impl<'a> Attribute<'a> {
                 ATTRIBUTE_NAME => attribute.name = field.bytes()?,
                 ATTRIBUTE_INT => attribute.int = Some(field.varint()?),
                 ATTRIBUTE_TEXT => attribute.text = field.bytes()?,
+                ATTRIBUTE_TENSOR => attribute.tensor = Some(field.bytes()?),
                 ATTRIBUTE_INTS => read_numbers(field, &mut attribute.ints)?,
                 ATTRIBUTE_GRAPH | ATTRIBUTE_GRAPHS => attribute.holds_graphs = true,
                 _ => {}
@@ -431,7 +477,6 @@ fn ints_attribute(name: &[u8], values: &[u64]) -> Vec<u8> {
 
 /// A `TensorProto` of integers, of one dimension.
 fn ints_tensor(name: &[u8], values: &[u64]) -> Vec<u8> {
-    const INT64: u64 = 7;
     let mut tensor = Vec::new();
     number(&mut tensor, TENSOR_DIMS, values.len() as u64);
     number(&mut tensor, TENSOR_TYPE, INT64);
@@ -447,121 +492,4 @@ fn beside(value: &[u8], what: &[u8]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::super::onnx::scan;
-    use super::*;
-
-    pub(super) const FLOAT: u64 = 1;
-
-    /// Puts an initializer of these numbers into a graph.
-    pub(super) fn put_tensor(
-        graph: &mut Vec<u8>,
-        name: &[u8],
-        dims: &[u64],
-        kind: u64,
-        numbers: &[u8],
-    ) {
-        let mut tensor = Vec::new();
-        dims.iter().for_each(|dim| number(&mut tensor, TENSOR_DIMS, *dim));
-        number(&mut tensor, TENSOR_TYPE, kind);
-        put(&mut tensor, TENSOR_NAME, name);
-        put(&mut tensor, TENSOR_RAW, numbers);
-        put(graph, GRAPH_INITIALIZER, &tensor);
-    }
-
-    /// A convolution of 3x3 at stride 1 on `[1, 24, height, width]`, halved before it, and halved and
-    /// doubled behind it.
-    pub(in super::super) fn open_model() -> Vec<u8> {
-        let square =
-            |stride| [ints_attribute(b"pads", &[1; 4]), ints_attribute(b"strides", &[stride; 2])];
-        let bytes = |numbers: &[f32]| -> Vec<u8> {
-            numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
-        };
-        let weights: Vec<_> = (0..24 * 24 * 9).map(|n| (n % 17) as f32 / 170.0 - 0.05).collect();
-        let mut graph = Vec::new();
-        put_tensor(&mut graph, b"w", &[24, 24, 3, 3], FLOAT, &bytes(&weights));
-        put_tensor(&mut graph, b"scales", &[4], FLOAT, &bytes(&[1.0, 1.0, 2.0, 2.0]));
-        for (input, output, stride) in [(b"x", b"a", 2), (b"a", b"b", 1), (b"b", b"c", 2)] {
-            let [pads, strides] = square(stride);
-            put_node(&mut graph, b"Conv", &[input, b"w"], &[output], &[&pads, &strides]);
-        }
-        put_node(&mut graph, b"Resize", &[b"c", b"", b"scales"], &[b"d"], &[]);
-        let axis = int_attribute(b"axis", 1);
-        put_node(&mut graph, b"Concat", &[b"b", b"d"], &[b"y"], &[&axis]);
-        let mut shape = Vec::new();
-        let dims: [&[u8]; 4] = [&[8, 1], &[8, 24], b"\x12\x06height", b"\x12\x05width"];
-        dims.iter().for_each(|dim| put(&mut shape, 1, dim));
-        put_value(&mut graph, GRAPH_INPUT, b"x", Some(&shape));
-        put_value(&mut graph, GRAPH_OUTPUT, b"y", None);
-        model(&graph, 17)
-    }
-
-    /// Puts a `ValueInfoProto` of a tensor of floats into a graph.
-    fn put_value(graph: &mut Vec<u8>, field: u32, name: &[u8], shape: Option<&[u8]>) {
-        let (mut tensor, mut kind, mut value) = (Vec::new(), Vec::new(), Vec::new());
-        number(&mut tensor, 1, FLOAT);
-        shape.into_iter().for_each(|shape| put(&mut tensor, 2, shape));
-        put(&mut kind, 1, &tensor);
-        put(&mut value, VALUE_NAME, name);
-        put(&mut value, 2, &kind);
-        put(graph, field, &value);
-    }
-
-    /// A model of these nodes.
-    pub(super) fn model(graph: &[u8], opset: u64) -> Vec<u8> {
-        let mut set = Vec::new();
-        number(&mut set, 2, opset);
-        let mut model = Vec::new();
-        number(&mut model, 1, 8);
-        put(&mut model, MODEL_GRAPH, graph);
-        put(&mut model, 8, &set);
-        model
-    }
-
-    fn softmax(output: &[u8], more: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-        let mut graph = Vec::new();
-        let axis = int_attribute(b"axis", 1);
-        put_node(&mut graph, b"Softmax", &[b"images"], &[output], &[&axis]);
-        more(&mut graph);
-        model(&graph, 17)
-    }
-
-    #[test]
-    fn a_graph_with_names_that_would_clash_is_left_alone() {
-        assert!(operators(&softmax(b"y", |_| ())).is_some());
-        let taken = |graph: &mut Vec<u8>| put_node(graph, b"Relu", &[b"y"], &[b"y:max"], &[]);
-        assert_eq!(operators(&softmax(b"y", taken)), None, "another value");
-        let taken =
-            |graph: &mut Vec<u8>| put(graph, GRAPH_INITIALIZER, &ints_tensor(b"y:axes", &[3]));
-        assert_eq!(operators(&softmax(b"y", taken)), None, "an initializer");
-        let long = [b'y'; NAME_BYTES_MAX + 1];
-        assert_eq!(operators(&softmax(&long, |_| ())), None, "longer than anybody's");
-    }
-
-    #[test]
-    fn a_graph_that_is_half_in_half_precision_is_left_alone() {
-        let half = |graph: &mut Vec<u8>| {
-            let mut tensor = Vec::new();
-            number(&mut tensor, TENSOR_TYPE, 10);
-            put(&mut tensor, TENSOR_NAME, b"w");
-            put(graph, GRAPH_INITIALIZER, &tensor);
-        };
-        assert_eq!(operators(&softmax(b"y", half)), None);
-    }
-
-    /// The operators of what becomes of a model, in order; `None` if it is left alone.
-    pub(super) fn operators(model: &[u8]) -> Option<Vec<String>> {
-        operators_of(model, false)
-    }
-
-    /// The same, of a machine where convolutions are computed by our own.
-    pub(super) fn operators_of(model: &[u8], winograd: bool) -> Option<Vec<String>> {
-        let before = scan(model).expect("a model");
-        let (_, opset) = before.opsets[0];
-        let after = changed(model, opset, 2, winograd)?;
-        scan(&after).expect("still a model");
-        let graph = field(&after, MODEL_GRAPH).expect("fields").expect("a graph");
-        let nodes = Graph::read(graph).expect("a graph").nodes;
-        Some(nodes.iter().map(|n| String::from_utf8_lossy(n.op).into_owned()).collect())
-    }
-}
+pub(super) mod tests;

@@ -8,16 +8,17 @@
 //! takes 18 turns into planes and 18 back out of the graph, and 4 % off the run; the numbers that
 //! come out are the same to the bit.
 
+use super::concat::Parts;
 use super::{Changes, Graph, Node, beside, put_node};
 
-pub(super) fn before_convolutions(graph: &Graph<'_>, changes: &mut Changes) {
+pub(super) fn before_convolutions(graph: &Graph<'_>, parts: &Parts<'_>, changes: &mut Changes) {
     if graph.is_nested {
         return;
     }
     for (at, split) in graph.nodes.iter().enumerate() {
         let Some(before) = Before::of(graph, split) else { continue };
         changes.extend(before.numbers.map(|number| (number, Vec::new())));
-        changes.insert(at, before.shares(split));
+        changes.insert(at, before.shares(split, parts));
     }
 }
 
@@ -51,14 +52,14 @@ impl<'a> Before<'a> {
     }
 
     /// A convolution and SiLU for each output of the split.
-    fn shares(&self, split: &Node<'_>) -> Vec<u8> {
+    fn shares(&self, split: &Node<'_>, parts: &Parts<'_>) -> Vec<u8> {
         let mut graph = Vec::new();
         // Over the filters, which is the axis by default; else as the channels were.
         let attributes = split.attributes.iter().filter(|a| a.name != b"axis").map(|a| a.bytes);
         let attributes: Vec<_> = attributes.collect();
         let outputs = [split.outputs[0], split.outputs[1]];
         let shares = outputs.map(|output| beside(output, b"conv"));
-        self.convolution.divide(&mut graph, &shares, &split.inputs[1..], &attributes);
+        self.convolution.divide(&mut graph, &shares, &split.inputs[1..], &attributes, parts);
         for (share, output) in shares.iter().zip(outputs) {
             let gate = beside(output, b"sigmoid");
             put_node(&mut graph, b"Sigmoid", &[share], &[&gate], &[]);

@@ -239,7 +239,7 @@ unsafe fn checked(status: ort::sys::OrtStatusPtr) -> ort::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in super::super) mod tests {
     use ort::session::Session;
     use ort::value::Tensor;
 
@@ -280,7 +280,11 @@ mod tests {
     }
 
     /// What a session finds in the first numbers that make an input.
-    fn run(model: &[u8], shape: Option<[i64; 4]>, pictures: &[f32]) -> Vec<f32> {
+    pub(in super::super::super) fn run(
+        model: &[u8],
+        shape: Option<[i64; 4]>,
+        pictures: &[f32],
+    ) -> Vec<f32> {
         let runtime = Runtime::load(None).expect("ONNX Runtime");
         let builder = Session::builder(&runtime.environment).expect("a builder");
         let builder = builder.with_intra_threads(2).expect("threads");
@@ -294,7 +298,7 @@ mod tests {
         outputs[0].try_extract_tensor::<f32>().expect("numbers").1.to_vec()
     }
 
-    fn assert_alike(wanted: &[f32], found: &[f32]) {
+    pub(in super::super::super) fn assert_alike(wanted: &[f32], found: &[f32]) {
         assert_eq!(found.len(), wanted.len());
         let largest = wanted.iter().fold(0.0f32, |most, number| most.max(number.abs()));
         for (n, (found, wanted)) in found.iter().zip(wanted).enumerate() {
