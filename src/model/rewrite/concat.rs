@@ -15,6 +15,8 @@ use super::{
 
 /// Most numbers that the sums may read and write more, by those that the Concat would copy.
 const SUMMED_MAX: u64 = 2;
+/// Most parts, each of which becomes nodes for each convolution: the largest YOLOv8's have eight.
+const PARTS_MAX: usize = 16;
 
 /// By what a Concat puts together, the parts. It is read by pointwise convolutions only.
 #[derive(Default)]
@@ -111,6 +113,9 @@ impl<'a> Parts<'a> {
 /// Whether these are pointwise filters for which sums cost less than a Concat of the parts, and which the
 /// provider computes in blocks: others it does not sum on the way.
 fn is_worthwhile(graph: &Graph<'_>, filters: &[u8], parts: &[Part<'_>], block: u64) -> bool {
+    if !(2..=PARTS_MAX).contains(&parts.len()) {
+        return false;
+    }
     let Some(weights) = graph.weights(filters) else { return false };
     let &[count, channels, 1, 1] = &weights.dims[..] else { return false };
     let of_parts = parts.iter().map(|part| part.channels);
@@ -118,7 +123,7 @@ fn is_worthwhile(graph: &Graph<'_>, filters: &[u8], parts: &[Part<'_>], block: u
     let summed = count.saturating_mul(parts.len() as u64 - 1);
     in_blocks.all(|number| number > 0 && number.is_multiple_of(block))
         && of_parts.fold(0, u64::saturating_add) == channels
-        && (1..=channels.saturating_mul(SUMMED_MAX)).contains(&summed)
+        && summed <= channels.saturating_mul(SUMMED_MAX)
 }
 
 /// Channels of those values of which the nodes say it.
@@ -181,6 +186,7 @@ mod tests {
         ManyFilters,
         UnknownChannels,
         OnePart,
+        ManyParts,
     }
 
     /// A convolution of what two ways give.
@@ -196,7 +202,11 @@ mod tests {
         };
         let own = if case == Case::NoBlocks { 20 } else { 16 };
         let count = if case == Case::ManyFilters { 80 } else { 32 };
-        let parts = if case == Case::OnePart { 1 } else { 2 };
+        let parts = match case {
+            Case::OnePart => 1,
+            Case::ManyParts => 17,
+            _ => 2,
+        };
         let edge = if case == Case::Square { 3 } else { 1 };
         tensor(b"v", &[own, 16, 1, 1], 7);
         tensor(b"w", &[count, parts * own, edge, edge], 11);
@@ -210,8 +220,9 @@ mod tests {
         let axis = |n| int_attribute(b"axis", n);
         let of = if case == Case::OtherAxis { axis(2) } else { axis(1) };
         let other: &[u8] = if case == Case::UnknownChannels { b"images" } else { b"r" };
-        let both = [b"x", other];
-        put_node(&mut graph, b"Concat", &both[..parts as usize], &[b"c"], &[&of]);
+        let mut values = vec![other; parts as usize];
+        values[0] = b"x";
+        put_node(&mut graph, b"Concat", &values, &[b"c"], &[&of]);
         if case == Case::OtherReader {
             put_node(&mut graph, b"Relu", &[b"c"], &[b"z"], &[]);
         }
@@ -257,6 +268,7 @@ mod tests {
             ManyFilters,
             UnknownChannels,
             OnePart,
+            ManyParts,
         ];
         for case in others {
             assert_eq!(operators(&concat_model(case)), None, "{case:?}");
