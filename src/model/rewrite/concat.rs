@@ -10,15 +10,18 @@ use std::collections::HashMap;
 
 use super::super::wire::put;
 use super::{
-    Changes, GRAPH_INITIALIZER, Graph, Node, beside, int_attribute, ints_tensor, put_node,
+    Changes, FLOAT, GRAPH_INITIALIZER, Graph, Node, beside, int_attribute, ints_tensor, put_node,
 };
 
-/// Most numbers that the sums may read and write more, by those that the Concat would copy.
+/// At most so many numbers may the sums read and write, for each that the Concat would copy.
 const SUMMED_MAX: u64 = 2;
-/// Most parts, each of which becomes nodes for each convolution: the largest YOLOv8's have eight.
+/// Most parts of a Concat: the largest YOLOv8's have eight.
 const PARTS_MAX: usize = 16;
+/// Most convolutions that a graph may get, and most bytes of the attributes that each gets a copy of.
+const CONVOLUTIONS_MAX: usize = 1024;
+const ATTRIBUTES_MAX: usize = 1024;
 
-/// By what a Concat puts together, the parts. It is read by pointwise convolutions only.
+/// The inputs of each Concat whose output only pointwise convolutions read, by that output.
 #[derive(Default)]
 pub(super) struct Parts<'a>(HashMap<&'a [u8], Vec<Part<'a>>>);
 
@@ -36,24 +39,30 @@ impl<'a> Parts<'a> {
         let channels = channels(graph);
         let mut readers: HashMap<_, Vec<_>> = HashMap::new();
         for node in graph.nodes.iter().filter(|node| node.is_divisible()) {
-            readers.entry(node.inputs[0]).or_default().push(node.inputs[1]);
+            readers.entry(node.inputs[0]).or_default().push(node);
         }
-        let mut all = HashMap::new();
-        for concat in graph.nodes.iter().filter(|node| is_of_channels(node, b"Concat")) {
+        let (mut all, mut left) = (HashMap::new(), CONVOLUTIONS_MAX);
+        for (at, concat) in graph.nodes.iter().enumerate() {
             let &[output] = &concat.outputs[..] else { continue };
+            if !is_of_channels(concat, b"Concat") || graph.makers.get(output) != Some(&at) {
+                continue;
+            }
             let part = |value: &&'a [u8]| Some(Part { value, channels: *channels.get(value)? });
             let parts: Option<Vec<_>> = concat.inputs.iter().map(part).collect();
-            if let (Some(parts), Some(readers)) = (parts, readers.get(output))
-                && readers.len() == graph.reads(output)
-                && readers.iter().all(|filters| is_worthwhile(graph, filters, &parts, block))
+            let (Some(parts), Some(readers)) = (parts, readers.get(output)) else { continue };
+            let convolutions = parts.len().saturating_mul(readers.len());
+            if readers.len() == graph.reads(output)
+                && convolutions <= left
+                && is_worthwhile(graph, readers, &parts, block)
             {
+                left -= convolutions;
                 all.insert(output, parts);
             }
         }
         Self(all)
     }
 
-    /// Those convolutions that nothing else has changed, and the Concats themselves.
+    /// Changes those convolutions that nothing else has changed, and takes the Concats away.
     pub(super) fn sum_up(&self, graph: &Graph<'_>, changes: &mut Changes) {
         let is_apart =
             |value: Option<&&[u8]>| value.is_some_and(|value| self.0.contains_key(value));
@@ -95,7 +104,7 @@ impl<'a> Parts<'a> {
         let mut sum = Vec::new();
         for (n, (part, weights)) in parts.iter().zip(shares).enumerate() {
             let found = name("part", n);
-            // Once.
+            // It is added once, with the first part.
             let bias = if n == 0 { &inputs[2..] } else { &[] };
             let inputs = [&[part.value, weights], bias].concat();
             put_node(graph, b"Conv", &inputs, &[&found], attributes);
@@ -110,19 +119,24 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Whether these are pointwise filters for which sums cost less than a Concat of the parts, and which the
-/// provider computes in blocks: others it does not sum on the way.
-fn is_worthwhile(graph: &Graph<'_>, filters: &[u8], parts: &[Part<'_>], block: u64) -> bool {
+/// Whether these are pointwise convolutions whose sums take no more than [`SUMMED_MAX`] allows, and which
+/// the provider computes in blocks: others it does not sum on the way.
+fn is_worthwhile(graph: &Graph<'_>, readers: &[&Node<'_>], parts: &[Part<'_>], block: u64) -> bool {
     if !(2..=PARTS_MAX).contains(&parts.len()) {
         return false;
     }
-    let Some(weights) = graph.weights(filters) else { return false };
-    let &[count, channels, 1, 1] = &weights.dims[..] else { return false };
-    let of_parts = parts.iter().map(|part| part.channels);
-    let mut in_blocks = of_parts.clone().chain([count]);
-    let summed = count.saturating_mul(parts.len() as u64 - 1);
-    in_blocks.all(|number| number > 0 && number.is_multiple_of(block))
-        && of_parts.fold(0, u64::saturating_add) == channels
+    let in_blocks = |number: u64| number > 0 && number.is_multiple_of(block);
+    let channels = parts.iter().map(|part| part.channels).fold(0, u64::saturating_add);
+    let mut summed = 0u64;
+    let all_can = readers.iter().all(|reader| {
+        let attributes: usize = reader.attributes.iter().map(|a| a.bytes.len()).sum();
+        let Some(weights) = graph.weights(reader.inputs[1]) else { return false };
+        let &[count, all, 1, 1] = &weights.dims[..] else { return false };
+        summed = summed.saturating_add(count.saturating_mul(parts.len() as u64 - 1));
+        weights.kind == FLOAT && all == channels && in_blocks(count) && attributes <= ATTRIBUTES_MAX
+    });
+    all_can
+        && parts.iter().all(|part| in_blocks(part.channels))
         && summed <= channels.saturating_mul(SUMMED_MAX)
 }
 
@@ -169,6 +183,7 @@ mod tests {
     use super::super::tests::{model, operators, put_tensor, put_value};
     use super::super::{
         ATTRIBUTE_NAME, ATTRIBUTE_TENSOR, ATTRIBUTE_TYPE, FLOAT, GRAPH_INPUT, GRAPH_OUTPUT, block,
+        ints_attribute,
     };
     use super::*;
 
@@ -205,12 +220,13 @@ mod tests {
         let parts = match case {
             Case::OnePart => 1,
             Case::ManyParts => 17,
-            _ => 2,
+            _ => 3,
         };
         let edge = if case == Case::Square { 3 } else { 1 };
         tensor(b"v", &[own, 16, 1, 1], 7);
         tensor(b"w", &[count, parts * own, edge, edge], 11);
         tensor(b"b", &[count], 3);
+        tensor(b"u", &[32, 32, 1, 1], 5);
         let shape: Vec<_> = [1, 16, 12, 10].into_iter().flat_map(|n| [10, 2, 8, n]).collect();
         put_value(&mut graph, GRAPH_INPUT, b"images", Some(&shape));
         let output: &[u8] = if case == Case::Output { b"c" } else { b"y" };
@@ -227,7 +243,9 @@ mod tests {
             put_node(&mut graph, b"Relu", &[b"c"], &[b"z"], &[]);
         }
         if case != Case::Split {
-            put_node(&mut graph, b"Conv", &[b"c", b"w", b"b"], &[b"y"], &[]);
+            let (strides, pads) =
+                (ints_attribute(b"strides", &[2; 2]), ints_attribute(b"pads", &[1; 4]));
+            put_node(&mut graph, b"Conv", &[b"c", b"w", b"b"], &[b"y"], &[&strides, &pads]);
             return model(&graph, 17);
         }
         let mut value = Vec::new();
@@ -240,7 +258,7 @@ mod tests {
         put_node(&mut graph, b"Mul", &[b"d", b"s"], &[b"m"], &[]);
         put_node(&mut graph, b"Split", &[b"m", b"sizes"], &[b"left", b"right"], &[&axis(1)]);
         put_node(&mut graph, b"Concat", &[b"right", b"left"], &[b"e"], &[&axis(1)]);
-        put_node(&mut graph, b"Conv", &[b"e", b"w"], &[b"y"], &[]);
+        put_node(&mut graph, b"Conv", &[b"e", b"u"], &[b"y"], &[]);
         model(&graph, 17)
     }
 
@@ -251,13 +269,14 @@ mod tests {
             // The provider has nothing to sum with there.
             return;
         }
-        let (before, summed) = (["Conv", "Relu"], ["Split", "Conv", "Conv", "Add"]);
+        let (before, of_two) = (["Conv", "Relu"], ["Split", "Conv", "Conv", "Add"]);
+        let summed = [&of_two[..], &["Conv", "Add"]].concat();
         let wanted = [&before[..], &summed].concat();
         assert_eq!(operators(&concat_model(Plain)).expect("it is changed"), wanted);
         let silu = ["Sigmoid", "Mul"];
         let (dealt, gated) = (["Split", "Split"], [silu, silu].concat());
         let before = [&before[..], &["Constant"]].concat();
-        let wanted = [&before[..], &dealt, &summed, &summed, &gated, &summed].concat();
+        let wanted = [&before[..], &dealt, &summed, &summed, &gated, &of_two].concat();
         assert_eq!(operators(&concat_model(Split)).expect("it is changed"), wanted);
         let others = [
             OtherAxis,
@@ -280,12 +299,14 @@ mod tests {
     fn a_sum_is_what_the_convolution_of_all_was() {
         use super::super::super::winograd::operator::tests::{assert_alike, run};
         use super::super::changed;
+        if block().is_none() {
+            return;
+        }
         let pictures: Vec<_> = (0..16 * 12 * 10).map(|n| (n % 29) as f32 / 29.0).collect();
         for case in [Case::Plain, Case::Split] {
             let plain = concat_model(case);
-            if let Some(changed) = changed(&plain, 17, 2, false) {
-                assert_alike(&run(&plain, None, &pictures), &run(&changed, None, &pictures));
-            }
+            let changed = changed(&plain, 17, 2, false).expect("it is changed");
+            assert_alike(&run(&plain, None, &pictures), &run(&changed, None, &pictures));
         }
     }
 }

@@ -20,8 +20,8 @@ pub(super) fn take_over(graph: &Graph<'_>, threads: usize, changes: &mut Changes
     let is_free = |step: &Step<'_>| step.gone.iter().all(|number| !changes.contains_key(number));
     found.retain(|step| is_free(step) && !changes.contains_key(&step.at));
     found.sort_by_key(|step| step.bytes);
-    let fit = found.iter().scan(0, |bytes, step| {
-        *bytes += step.bytes;
+    let fit = found.iter().scan(0u64, |bytes, step| {
+        *bytes = bytes.saturating_add(step.bytes);
         Some(*bytes <= BYTES_MAX)
     });
     found.truncate(fit.take_while(|fits| *fits).count());

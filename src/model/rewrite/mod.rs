@@ -227,8 +227,9 @@ impl Initializer {
                 _ => {}
             }
         }
-        if this.kind == INT64 && this.dims.len() == 1 {
-            this.ints.extend(raw.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)));
+        if this.kind == INT64 && this.dims.len() == 1 && !raw.is_empty() {
+            let ints = raw.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+            this.ints = ints.collect();
         }
         Ok((name, this))
     }

@@ -60,7 +60,7 @@ pub(super) fn is_quick() -> bool {
 
 /// Bytes that the filters take in the other basis.
 pub(super) fn bytes(channels: u64, filters: u64) -> u64 {
-    let numbers = filters.next_multiple_of(GROUP as u64) * POINTS as u64;
+    let numbers = filters.div_ceil(GROUP as u64).saturating_mul((GROUP * POINTS) as u64);
     numbers.saturating_mul(channels).saturating_mul(size_of::<f32>() as u64)
 }
 
