@@ -10,7 +10,8 @@ use std::collections::HashMap;
 
 use super::super::wire::put;
 use super::{
-    Changes, FLOAT, GRAPH_INITIALIZER, Graph, Node, beside, int_attribute, ints_tensor, put_node,
+    CHANNELS, Changes, FLOAT, GRAPH_INITIALIZER, Graph, Node, beside, int_attribute, ints_tensor,
+    put_node,
 };
 
 /// At most so many numbers may the sums read and write, for each that the Concat would copy.
@@ -44,7 +45,8 @@ impl<'a> Parts<'a> {
         let (mut all, mut left) = (HashMap::new(), CONVOLUTIONS_MAX);
         for (at, concat) in graph.nodes.iter().enumerate() {
             let &[output] = &concat.outputs[..] else { continue };
-            if !is_of_channels(concat, b"Concat") || graph.makers.get(output) != Some(&at) {
+            let is_one = concat.op == b"Concat" && concat.is_along_channels();
+            if !is_one || graph.makers.get(output) != Some(&at) {
                 continue;
             }
             let part = |value: &&'a [u8]| Some(Part { value, channels: *channels.get(value)? });
@@ -75,7 +77,7 @@ impl<'a> Parts<'a> {
                 && !changes.contains_key(&at)
             {
                 let mut fields = Vec::new();
-                let attributes: Vec<_> = node.attributes.iter().map(|a| a.bytes).collect();
+                let attributes = node.attribute_bytes();
                 self.put_convolution(&mut fields, &node.inputs, output, &attributes);
                 changes.insert(at, fields);
             }
@@ -99,7 +101,7 @@ impl<'a> Parts<'a> {
         let name = |what: &str, n: usize| beside(output, format!("{what}{n}").as_bytes());
         let shares: Vec<_> = (0..parts.len()).map(|n| name("weights", n)).collect();
         let shares: Vec<_> = shares.iter().map(Vec::as_slice).collect();
-        let axis = int_attribute(b"axis", 1);
+        let axis = int_attribute(b"axis", CHANNELS);
         put_node(graph, b"Split", &[inputs[1], &sizes], &shares, &[&axis]);
         let mut sum = Vec::new();
         for (n, (part, weights)) in parts.iter().zip(shares).enumerate() {
@@ -149,11 +151,11 @@ fn channels<'a>(graph: &Graph<'a>) -> HashMap<&'a [u8], u64> {
             b"Conv" if node.inputs.len() > 1 => {
                 graph.weights(node.inputs[1]).and_then(|filters| filters.dims.first().copied())
             }
-            b"Concat" if is_of_channels(node, b"Concat") => {
+            b"Concat" if node.is_along_channels() => {
                 let mut parts = node.inputs.iter().map(known);
                 parts.try_fold(0u64, |all, part| all.checked_add(part?))
             }
-            b"Split" if is_of_channels(node, b"Split") => {
+            b"Split" if node.is_along_channels() => {
                 let sizes = node.inputs.get(1).and_then(|sizes| graph.initializers.get(sizes));
                 let sizes = sizes.map_or(&[][..], |sizes| &sizes.ints);
                 channels.extend(node.outputs.iter().copied().zip(sizes.iter().copied()));
@@ -171,10 +173,6 @@ fn channels<'a>(graph: &Graph<'a>) -> HashMap<&'a [u8], u64> {
         }
     }
     channels
-}
-
-fn is_of_channels(node: &Node<'_>, op: &[u8]) -> bool {
-    node.op == op && node.int(b"axis") == Some(1)
 }
 
 #[cfg(test)]

@@ -8,7 +8,9 @@
 
 use super::super::wire::put;
 use super::concat::Parts;
-use super::{Changes, GRAPH_INITIALIZER, Graph, beside, int_attribute, ints_tensor, put_node};
+use super::{
+    CHANNELS, Changes, GRAPH_INITIALIZER, Graph, beside, int_attribute, ints_tensor, put_node,
+};
 
 /// Filters of a block.
 pub(super) const BLOCK: u64 = 16;
@@ -36,7 +38,7 @@ pub(super) fn set_apart(graph: &Graph<'_>, changes: &mut Changes) {
         let mut fields = Vec::new();
         put(&mut fields, GRAPH_INITIALIZER, &ints_tensor(&sizes, &[count - BLOCK, BLOCK]));
         convolution.divide(&mut fields, &shares, &[&sizes], &[], &Parts::default());
-        let axis = int_attribute(b"axis", 1);
+        let axis = int_attribute(b"axis", CHANNELS);
         put_node(&mut fields, b"Concat", &[&shares[0], &shares[1]], &[output], &[&axis]);
         changes.insert(at, fields);
     }

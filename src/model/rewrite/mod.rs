@@ -22,6 +22,8 @@ use super::wire::{Field, Message, WireError, number, put, put_pieces, varints};
 
 /// Below it, operators mean other things.
 const OPSET_MIN: u64 = 13;
+/// The axis of channels.
+const CHANNELS: u64 = 1;
 /// Longest name in a graph that is changed: names that are made of two stay within the scan's limit.
 const NAME_BYTES_MAX: usize = 1024;
 
@@ -362,6 +364,15 @@ impl<'a> Node<'a> {
         self.attributes.iter().find(|a| a.name == name)?.int
     }
 
+    /// Whether its axis, which it names, is that of the channels.
+    fn is_along_channels(&self) -> bool {
+        self.int(b"axis") == Some(CHANNELS)
+    }
+
+    fn attribute_bytes(&self) -> Vec<&'a [u8]> {
+        self.attributes.iter().map(|a| a.bytes).collect()
+    }
+
     /// Whether it is a convolution whose filters all read all channels; a bias it may have.
     fn is_divisible(&self) -> bool {
         let ungrouped = self.int(b"group").is_none_or(|groups| groups == 1);
@@ -385,7 +396,7 @@ impl<'a> Node<'a> {
             let [one, other] = shares.each_ref().map(|share| beside(share, weight));
             put_node(graph, b"Split", &[&[*weight], sizes].concat(), &[&one, &other], attributes);
         }
-        let attributes: Vec<_> = self.attributes.iter().map(|a| a.bytes).collect();
+        let attributes = self.attribute_bytes();
         for share in shares {
             let own: Vec<_> = weights.iter().map(|weight| beside(share, weight)).collect();
             let own: Vec<_> = own.iter().map(Vec::as_slice).collect();

@@ -7,17 +7,16 @@
 
 use super::super::wire::put;
 use super::{
-    Changes, GRAPH_INITIALIZER, Graph, Node, beside, ints_attribute, ints_tensor, put_node,
+    CHANNELS, Changes, GRAPH_INITIALIZER, Graph, Node, beside, ints_attribute, ints_tensor,
+    put_node,
 };
 
-/// The axis of channels.
-const CHANNELS: u64 = 1;
 /// From it on, ReduceMax takes its axes as an input.
 const AXES_AS_INPUT: u64 = 18;
 
 pub(super) fn take_apart(graph: &Graph<'_>, opset: u64, changes: &mut Changes) {
     for (at, node) in graph.nodes.iter().enumerate() {
-        if node.op == b"Softmax" && node.int(b"axis") == Some(CHANNELS) {
+        if node.op == b"Softmax" && node.is_along_channels() {
             changes.extend(parts(node, opset).map(|parts| (at, parts)));
         }
     }

@@ -32,9 +32,8 @@ struct Before<'a> {
 
 impl<'a> Before<'a> {
     fn of(graph: &'a Graph<'a>, split: &Node<'_>) -> Option<Self> {
-        const CHANNELS: u64 = 1;
         let (&values, sizes) = split.inputs.split_first()?;
-        if split.op != b"Split" || split.int(b"axis") != Some(CHANNELS) {
+        if split.op != b"Split" || !split.is_along_channels() {
             return None;
         }
         let (product, _) = graph.maker(values, b"Mul")?;
